@@ -1,0 +1,38 @@
+"""DiffuSSM on scikit-learn's 8 x 8 handwritten digits, class-conditional, in pixel space: the embedded example.
+
+python -m diffussm_jax.main --config=configs/digits.py --workdir=runs/digits
+"""
+
+from diffussm_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.batch_size = 64
+    config.num_steps = 1500
+    config.log_every = 50
+    config.eval_every = 500
+    config.sample_every = 500
+    config.checkpoint_every = 500
+
+    config.model.width = 64
+    config.model.depth = 4
+    config.model.state_size = 16
+    config.model.scan_unroll = 4
+    config.model.ssm_method = "chunked"
+
+    config.diffusion.schedule = "cosine"
+    config.diffusion.clip_x_0 = True
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay = "cosine"
+    config.optimizer.max_grad_norm = 1.0
+    config.optimizer.ema_decay = 0.995
+    config.optimizer.has_ema_warmup = True
+
+    config.sampling.sampler = "ddim"
+    config.sampling.num_steps = 50
+    config.sampling.guidance_scale = 1.5
+    config.sampling.num_grid_rows = 6
+    return config

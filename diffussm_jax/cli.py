@@ -1,0 +1,30 @@
+"""What the command line programs share: how they start, and how they report what is wrong with their input."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+
+def run(main: Callable[[], int]) -> None:
+    """Parses the flags, calls `main`, and exits with its code.
+
+    A ValueError or FileNotFoundError, with which the package says what is wrong with its input, is printed without a
+    traceback, and the code is 1; with --verbosity=1 the traceback comes too. Libraries' messages below a warning are
+    hidden (--verbosity=0 shows them).
+    """
+
+    def start(argv: list[str]) -> int:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        try:
+            return main()
+        except (ValueError, FileNotFoundError) as error:
+            if logging.level_debug():
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    app.run(start)

@@ -1,0 +1,240 @@
+"""Configurations: the defaults of every key, the model sizes, the paper's settings, and the checks made before a run.
+
+A file in `configs/` starts from `default_config()` or `paper_config()` and sets values. The command line overrides
+any of them, `--config.model.depth=2`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ml_collections import ConfigDict
+
+# XL is the paper's. It prints 786 for L's width and no depths for S and L: 768, 24 and 12 are ours.
+DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "S": {"width": 384, "depth": 12},
+        "L": {"width": 768, "depth": 24},
+        "XL": {"width": 1152, "depth": 29},
+    }
+)
+
+# The values that a key may have, where they are names.
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "model.name": ("diffussm",),
+        "model.discretization": ("zoh", "bilinear"),
+        "model.initialization": ("legs", "lin", "inv"),
+        "model.ssm_method": ("recurrent", "associative", "fft", "chunked"),
+        "model.remat": ("none", "block"),
+        "model.dtype": ("float32", "bfloat16"),
+        "data.source": ("digits", "latents"),
+        "diffusion.schedule": ("linear", "cosine"),
+        "optimizer.decay": ("constant", "cosine"),
+        "sampling.sampler": ("ddpm", "ddim"),
+        "sampling.guided_channels": ("all", "first_three"),
+    }
+)
+
+# Whole numbers that must be at least this.
+_AT_LEAST: Mapping[str, int] = MappingProxyType(
+    {
+        "batch_size": 1,
+        "num_steps": 1,
+        "log_every": 1,
+        "eval_every": 0,
+        "sample_every": 0,
+        "checkpoint_every": 1,
+        "model.width": 1,
+        "model.depth": 1,
+        "model.hourglass_ratio": 1,
+        "model.state_size": 2,
+        "model.scan_unroll": 1,
+        "data.image_size": 1,
+        "data.num_channels": 1,
+        "data.num_classes": 0,
+        "data.downsampling": 1,
+        "optimizer.warmup_steps": 0,
+        "sampling.num_steps": 1,
+        "sampling.num_grid_rows": 1,
+    }
+)
+
+# Numbers that must lie in [low, high].
+_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "model.label_dropout": (0, 1),
+        "optimizer.learning_rate": (0, float("inf")),
+        "optimizer.weight_decay": (0, float("inf")),
+        "optimizer.max_grad_norm": (0, float("inf")),
+        "optimizer.ema_decay": (0, 1),
+        "sampling.guidance_scale": (0, float("inf")),
+        "sampling.eta": (0, 1),
+        "diffusion.num_steps": (20, 100_000),
+    }
+)
+
+
+def default_config() -> ConfigDict:
+    """Every key that a run knows, with a comment where the name does not say it all."""
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 256  # global, over all devices
+    config.num_steps = 400_000
+    config.log_every = 100
+    config.eval_every = 5_000  # 0: never; the loss of the EMA weights on held-out data
+    config.sample_every = 5_000  # 0: never; a grid of samples
+    config.checkpoint_every = 5_000
+
+    config.model = ConfigDict()
+    config.model.name = "diffussm"
+    config.model.width = 384
+    config.model.depth = 12
+    config.model.hourglass_ratio = 2
+    config.model.has_position_embedding = True
+    config.model.state_size = 64
+    config.model.bidirectional = True
+    config.model.discretization = "zoh"
+    config.model.initialization = "lin"
+    config.model.ssm_method = "fft"
+    config.model.label_dropout = 0.1
+    config.model.remat = "none"
+    config.model.scan_unroll = 1
+    config.model.dtype = "float32"  # of the linear layers; SSMs, norms and losses are float32 always
+
+    config.data = ConfigDict()
+    config.data.source = "digits"
+    config.data.path = ""
+    config.data.image_size = 8  # pixels
+    config.data.num_channels = 1  # of what the model sees: pixels or latents
+    config.data.downsampling = 1  # pixels a latent position, 8 for the VAE of latent diffusion
+    config.data.num_classes = 10  # 0: unconditional
+
+    config.diffusion = ConfigDict()
+    config.diffusion.schedule = "linear"
+    config.diffusion.num_steps = 1000
+    config.diffusion.clip_x_0 = False  # in sampling; True for pixels, False for latents
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 0
+    config.optimizer.decay = "constant"  # or "cosine", to zero at num_steps
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.max_grad_norm = 0.0  # 0: no clipping
+    config.optimizer.ema_decay = 0.9999
+    config.optimizer.has_ema_warmup = False  # decay of at most (1 + step) / (10 + step)
+
+    config.sampling = ConfigDict()
+    config.sampling.sampler = "ddpm"
+    config.sampling.num_steps = 250
+    config.sampling.eta = 0.0  # of DDIM
+    config.sampling.guidance_scale = 1.0  # 1: none
+    config.sampling.guided_channels = "all"
+    config.sampling.guidance_interval = (0.0, float("inf"))  # in t
+    config.sampling.num_grid_rows = 8  # of the grid that training draws
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices along the batch; -1: all
+    return config
+
+
+def apply_size(config: ConfigDict, size: str) -> None:
+    """Sets the model's width and depth to those of a named size; ValueError for another name."""
+    if size not in DIFFUSSM_SIZES:
+        raise ValueError(f"unknown model size {size!r}; choose one of {', '.join(DIFFUSSM_SIZES)}")
+    config.model.update(DIFFUSSM_SIZES[size])
+
+
+def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:
+    """The paper's training setting on latents (arXiv 2311.18257, section 4.1; what it leaves open as DiT and ADM have
+    it).
+
+    Args:
+      size: "S", "L" or "XL".
+      image_size: pixels.
+      num_classes: 0 for unconditional.
+
+    Raises:
+      ValueError: the size is unknown.
+    """
+    config = default_config()
+    apply_size(config, size)
+    config.model.remat = "block"
+    config.model.dtype = "bfloat16"
+    config.data.source = "latents"
+    config.data.image_size = image_size
+    config.data.num_channels = 4
+    config.data.downsampling = 8
+    config.data.num_classes = num_classes
+    return config
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    items = {}
+    for key, value in config.items():
+        items.update(_flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value})
+    return items
+
+
+def validate(config: ConfigDict, num_devices: int = 1) -> None:
+    """Checks a whole config, in milliseconds, before anything is built.
+
+    Args:
+      config: in the form of `default_config()`.
+      num_devices: how many devices there are.
+
+    Raises:
+      ValueError: a key is missing or unknown, or a value is not allowed or does not fit another or the devices. The
+        message names the key, the value and what is allowed.
+    """
+    values, known = _flat(config), _flat(default_config())
+    unknown, missing = sorted(values.keys() - known.keys()), sorted(known.keys() - values.keys())
+    if unknown or missing:
+        raise ValueError(f"config keys do not match: unknown {unknown}, missing {missing}; known are {sorted(known)}")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ValueError(f"config.{key} is {values[key]!r}; choose one of {', '.join(choices)}")
+    for key, minimum in _AT_LEAST.items():
+        if not isinstance(values[key], int) or values[key] < minimum:
+            raise ValueError(f"config.{key} must be a whole number of at least {minimum}, got {values[key]!r}")
+    for key, (low, high) in _RANGES.items():
+        if not low <= values[key] <= high:
+            raise ValueError(f"config.{key} must be from {low} to {high}, got {values[key]!r}")
+    _check_combinations(config, num_devices)
+
+
+def _check_combinations(config: ConfigDict, num_devices: int) -> None:
+    model, data = config.model, config.data
+    if data.image_size % data.downsampling:
+        raise ValueError(
+            f"config.data.image_size = {data.image_size} is not a multiple of "
+            f"config.data.downsampling = {data.downsampling}"
+        )
+    latent_width = data.image_size // data.downsampling
+    M = model.hourglass_ratio
+    if latent_width % M or 2 * model.width % M:
+        raise ValueError(
+            f"config.model.hourglass_ratio M = {M} must divide the latent's width {latent_width} "
+            f"(so that L = {latent_width**2} is a multiple of M) and 2 * config.model.width = {2 * model.width}"
+        )
+    if model.has_position_embedding and model.width % 4:
+        raise ValueError(f"config.model.width must be a multiple of 4 for the position embedding, got {model.width}")
+    if model.state_size % 2:
+        raise ValueError(f"config.model.state_size must be even, got {model.state_size}")
+    if config.sampling.num_steps > config.diffusion.num_steps:
+        raise ValueError(
+            f"config.sampling.num_steps = {config.sampling.num_steps} exceeds "
+            f"config.diffusion.num_steps = {config.diffusion.num_steps}"
+        )
+    if config.sampling.guidance_scale != 1 and (data.num_classes == 0 or model.label_dropout == 0):
+        raise ValueError(
+            f"config.sampling.guidance_scale = {config.sampling.guidance_scale} needs a null label: classes and "
+            f"label dropout, got config.data.num_classes = {data.num_classes} and "
+            f"config.model.label_dropout = {model.label_dropout}"
+        )
+    data_axis = num_devices if config.mesh.data == -1 else config.mesh.data
+    if not 1 <= data_axis <= num_devices:
+        raise ValueError(f"config.mesh.data must be -1 or from 1 to the {num_devices} devices, got {config.mesh.data}")
+    if config.batch_size % data_axis:
+        raise ValueError(
+            f"config.batch_size = {config.batch_size} is not a multiple of the {data_axis} devices of the mesh"
+        )

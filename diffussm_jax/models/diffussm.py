@@ -1,0 +1,205 @@
+"""DiffuSSM (Yan, Gu, Rush, arXiv 2311.18257): a diffusion backbone of gated bidirectional SSMs in an hourglass.
+
+M consecutive positions of the flattened latent make one of the J = L / M tokens of the residual stream. A block, on
+I = adaLN(x, c), with sigma the tanh form of GELU:
+
+    h_j       = sigma(W0 I_j)                               on J tokens
+    U_{jM+k}  = sigma(W_up_k h_j)       k = 0 ... M-1        back to all L positions
+    Y         = [S4D_forward(U), S4D_backward(U)]           along L
+    I'_j      = concat_k sigma(W_down_k Y_{jM+k})           down to J tokens, of 2D
+    O_j       = W3 (sigma(W2 I'_j) * sigma(W1 I_j))         gate
+    x         = x + O
+
+The paper is silent on some choices, which are ours: tanh GELU (after BiGS, arXiv 2212.10544), W3 and the modulation
+starting at zero, the fixed position embedding, S4D-Lin at initialisation, and the depths of S and L.
+"""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffussm_jax.models.layers import (
+    NUM_TIME_FEATURES,
+    AdaLayerNorm,
+    LabelEmbed,
+    TimeEmbed,
+    gelu,
+    sincos_2d,
+)
+from diffussm_jax.models.mixers import S4D
+from diffussm_jax.ssm import DEFAULT_METHOD
+
+REMAT_POLICIES = ("none", "block")
+_XAVIER = nn.initializers.xavier_uniform()
+
+
+class PositionDense(nn.Module):
+    """A Dense for each of M positions: kernel [M, D_in, D_out], bias [M, D_out].
+
+    x [B, J, D_in], the same input for every position, or [B, J, M, D_in], one each -> [B, J, M, D_out].
+    """
+
+    num_positions: int
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        equation = "bjd,mde->bjme" if x.ndim == 3 else "bjmd,mde->bjme"
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=0)
+        shape = (self.num_positions, x.shape[-1], self.features)
+        return nn.Einsum(shape, equation, kernel_init=init, dtype=self.dtype, name="dense")(x)
+
+
+class Block(nn.Module):
+    """One gated bidirectional SSM block: x [B, J, D], c [B, D] -> (x [B, J, D], None), as `nn.scan` takes it."""
+
+    hourglass_ratio: int
+    mixer: Mapping[str, object]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
+        B, J, D = x.shape
+        M = self.hourglass_ratio
+
+        def dense(features, name, kernel_init=_XAVIER):
+            return nn.Dense(features, kernel_init=kernel_init, dtype=self.dtype, name=name)
+
+        I = AdaLayerNorm(self.dtype, name="norm")(x, c)
+        h = gelu(dense(D, "W0")(I))
+        U = gelu(PositionDense(M, D, self.dtype, name="W_up")(h)).reshape(B, J * M, D)
+        Y = S4D(**self.mixer, name="ssm")(U)
+        I_down = gelu(PositionDense(M, 2 * D // M, self.dtype, name="W_down")(Y.reshape(B, J, M, -1)))
+        I_down = I_down.reshape(B, J, 2 * D)
+        gated = gelu(dense(2 * D, "W2")(I_down)) * gelu(dense(2 * D, "W1")(I))
+        return x + dense(D, "W3", nn.initializers.zeros)(gated), None
+
+
+class DiffuSSM(nn.Module):
+    """The DiffuSSM backbone: (x_t [B, H, W, C], t [B], y [B]) -> [B, H, W, 2C] float32, noise and variance fraction.
+
+    Attributes:
+      width: D, a multiple of 4 if there is a position embedding, and 2D one of M.
+      depth: number of blocks.
+      num_classes: labels are 0 ... num_classes-1, and num_classes is the null label; 0 for an unconditional model,
+        which takes no y.
+      hourglass_ratio: M; divides W.
+      has_position_embedding: whether to add a fixed 2-D sin-cos embedding.
+      state_size: N of the SSMs.
+      bidirectional: whether the SSMs run in both directions.
+      discretization: "zoh" or "bilinear".
+      initialization: "legs", "lin" or "inv".
+      ssm_method: how the SSMs are computed (`ssm_apply`).
+      label_dropout: probability of the null label in training.
+      remat: "none", or "block" to keep only each block's input for the backward pass.
+      scan_unroll: how many blocks each iteration of the scan over depth holds.
+      dtype: of the linear layers and the residual stream; parameters, norms and SSMs are float32.
+    """
+
+    width: int
+    depth: int
+    num_classes: int = 1000
+    hourglass_ratio: int = 2
+    has_position_embedding: bool = True
+    state_size: int = 64
+    bidirectional: bool = True
+    discretization: str = "zoh"
+    initialization: str = "lin"
+    ssm_method: str = DEFAULT_METHOD
+    label_dropout: float = 0.1
+    remat: str = "none"
+    scan_unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    def _check(self, x_t: jax.Array, y: jax.Array | None) -> None:
+        W, M = x_t.shape[2], self.hourglass_ratio
+        if M < 1 or W % M:
+            raise ValueError(f"hourglass_ratio M must divide the latent's width W, got M = {M} and W = {W}")
+        if 2 * self.width % M:
+            raise ValueError(f"hourglass_ratio M must divide 2D, got M = {M} and D = {self.width}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"unknown remat {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+        if (y is None) != (self.num_classes == 0):
+            raise ValueError(
+                f"a model of {self.num_classes} classes was called {'without' if y is None else 'with'} labels"
+            )
+
+    @nn.compact
+    def __call__(self, x_t: jax.Array, t: jax.Array, y: jax.Array | None = None, *, train: bool = False) -> jax.Array:
+        """Predicts noise and variance.
+
+        Args:
+          x_t: [B, H, W, C] float.
+          t: [B], the diffusion time as the model was trained on it.
+          y: [B] int labels, or None if num_classes is 0.
+          train: whether to drop labels; needs the random stream "label_dropout".
+
+        Returns:
+          [B, H, W, 2C] float32.
+
+        Raises:
+          ValueError: sizes do not divide as they must, labels are missing or not wanted, or an option is unknown.
+        """
+        self._check(x_t, y)
+        B, H, W, C = x_t.shape
+        M = self.hourglass_ratio
+        J = H * W // M
+        x = x_t.reshape(B, J, M * C)
+        x = nn.Dense(self.width, kernel_init=_XAVIER, dtype=self.dtype, name="embed")(x)
+        if self.has_position_embedding:
+            x = x + jnp.asarray(sincos_2d(H, W // M, self.width), self.dtype)
+        c = TimeEmbed(self.width, self.dtype, name="time_embed")(t)
+        if y is not None:
+            label_embed = LabelEmbed(self.num_classes, self.width, self.label_dropout, self.dtype, name="label_embed")
+            c = c + label_embed(y, train=train)
+        x = self._blocks()(x, c)[0]
+        x = AdaLayerNorm(self.dtype, name="final_norm")(x, c)
+        # The last layer is small and its output meets float32 losses: it stays in float32.
+        x = nn.Dense(M * 2 * C, kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="final")(x)
+        return x.reshape(B, H, W, 2 * C)
+
+    def _blocks(self) -> nn.Module:
+        block = nn.remat(Block, prevent_cse=False) if self.remat == "block" else Block
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=self.scan_unroll,
+        )
+        mixer = {
+            "state_size": self.state_size,
+            "bidirectional": self.bidirectional,
+            "discretization": self.discretization,
+            "initialization": self.initialization,
+            "method": self.ssm_method,
+        }
+        return scanned(self.hourglass_ratio, mixer, self.dtype, name="blocks")
+
+    def multiply_adds(self, height: int, width: int, channels: int) -> dict[str, int]:
+        """Multiply-adds of the linear layers in one forward pass of one image, as the paper and DiT count them.
+
+        The SSMs and everything elementwise come on top.
+
+        Args:
+          height: H of the latent.
+          width: W of the latent.
+          channels: C of the latent.
+
+        Returns:
+          "blocks": the blocks' linear layers, 13 D^2 for each of J tokens and D^2 for each of L positions when
+          bidirectional; "total": with input, output and conditioning.
+        """
+        D, M, L = self.width, self.hourglass_ratio, height * width
+        J = L // M
+        num_directions = 2 if self.bidirectional else 1
+        per_token = D * D + 2 * D * D + 4 * D * D + 2 * D * D  # W0, W1, W2, W3
+        per_token += num_directions * 2 * D * D  # W_down, all M of them
+        blocks = self.depth * (J * per_token + L * D * D)  # and W_up
+        ends = J * M * channels * D + J * D * M * 2 * channels
+        conditioning = NUM_TIME_FEATURES * D + D * D + (self.depth + 1) * 2 * D * D
+        return {"blocks": blocks, "total": blocks + ends + conditioning}

@@ -1,0 +1,44 @@
+"""The state-space core: diagonal SSMs (S4D) in plain JAX, no Flax.
+
+Dimensions, here and in all the package:
+
+    B  batch          H W C  height, width, channels of the (latent) image
+    L  sequence       N      real state size, held as N/2 conjugate pairs
+    D  channels       J M    tokens of the residual stream, hourglass ratio: L = J * M
+
+Mathematical names follow the papers: `Lambda` is the diagonal state matrix, `dt` the step, and a suffix `_bar` marks a
+discretised quantity. One channel is the linear system (S4D, arXiv 2206.11893, section 3)
+
+    x'(t) = Lambda x(t) + B u(t),    y(t) = 2 Re(C . x(t)) + D u(t)
+
+and its discretisation is the convolution of `u` with K[l] = 2 Re sum_n C_n B_bar_n Lambda_bar_n**l. All of it is
+float32 (complex64) inside, whatever the dtype of the input.
+"""
+
+from diffussm_jax.ssm.apply import DEFAULT_METHOD, METHODS, ssm_apply, ssm_apply_bidirectional
+from diffussm_jax.ssm.discretize import DISCRETIZATIONS, bilinear, zoh
+from diffussm_jax.ssm.hippo import dplr_legs, s4d_inv, s4d_legs, s4d_lin
+from diffussm_jax.ssm.kernel import diagonal_kernel
+from diffussm_jax.ssm.params import INITIALIZATIONS, SSMParams, init_s4d, to_complex
+from diffussm_jax.ssm.recurrent import initial_state, step
+
+__all__ = [
+    "DEFAULT_METHOD",
+    "DISCRETIZATIONS",
+    "INITIALIZATIONS",
+    "METHODS",
+    "SSMParams",
+    "bilinear",
+    "diagonal_kernel",
+    "dplr_legs",
+    "init_s4d",
+    "initial_state",
+    "s4d_inv",
+    "s4d_legs",
+    "s4d_lin",
+    "ssm_apply",
+    "ssm_apply_bidirectional",
+    "step",
+    "to_complex",
+    "zoh",
+]

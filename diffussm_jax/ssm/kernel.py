@@ -1,0 +1,59 @@
+"""The convolution kernel of a diagonal SSM, K[l] = 2 Re sum_n C_n B_bar_n Lambda_bar_n**l (S4D, section 3.2).
+
+Written out, that is a product with the Vandermonde array Lambda_bar_n**l of shape [D, N/2, L], and making that array
+takes longer than the convolution. With l = i * inner + j,
+
+    Lambda_bar**l = (Lambda_bar**inner)**i * Lambda_bar**j
+
+only about 2 sqrt(L) powers are needed, and a real matrix product over n joins the two levels.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from diffussm_jax.ssm.discretize import discretize, transition_powers
+
+
+def real_rows(z: jax.Array, axis: int) -> jax.Array:
+    """[Re z, Im z], joined along `axis`: complex [.., N/2, ..] to real [.., N, ..]."""
+    return jnp.concatenate([z.real, z.imag], axis)
+
+
+def diagonal_kernel(
+    Lambda: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    dt: jax.Array,
+    length: int,
+    discretization: str = "zoh",
+) -> jax.Array:
+    """The first `length` taps of the SSM's convolution kernel, without the skip D.
+
+    Args:
+      Lambda: [D, N/2] complex64.
+      B: [D, N/2] complex64.
+      C: [D, N/2] complex64.
+      dt: [D] float32.
+      length: L, at least 1.
+      discretization: "zoh" or "bilinear".
+
+    Returns:
+      K [D, L] float32.
+
+    Raises:
+      ValueError: the discretisation is unknown, or the length below 1.
+    """
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    _, B_bar = discretize(Lambda, B, dt, discretization)
+    num_inner = math.ceil(math.sqrt(length))
+    num_outer = math.ceil(length / num_inner)
+    outer = (2 * C * B_bar)[..., None] * transition_powers(
+        Lambda, dt, jnp.arange(num_outer) * num_inner, discretization
+    )
+    inner = transition_powers(Lambda, dt, jnp.arange(num_inner), discretization)
+    # Re(outer * inner) = Re outer Re inner - Im outer Im inner: conjugate one side, then it is one dot product.
+    K = jnp.einsum("dni,dnj->dij", real_rows(outer.conj(), 1), real_rows(inner, 1), precision=jax.lax.Precision.HIGHEST)
+    return K.reshape(*K.shape[:-2], num_outer * num_inner)[..., :length]

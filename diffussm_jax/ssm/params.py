@@ -1,0 +1,88 @@
+"""The parameters of a diagonal SSM: real numbers that an optimiser sees, complex ones that the maths uses."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffussm_jax.ssm.hippo import s4d_inv, s4d_legs, s4d_lin
+
+INITIALIZATIONS = {"legs": s4d_legs, "lin": s4d_lin, "inv": s4d_inv}
+
+
+class SSMParams(NamedTuple):
+    """D independent diagonal SSMs, one a channel.
+
+    Attributes:
+      Lambda: [D, N/2] complex64, with negative real part.
+      B: [D, N/2] complex64.
+      C: [D, N/2] complex64.
+      dt: [D] float32, positive.
+      D: [D] float32, the skip from input to output.
+    """
+
+    Lambda: jax.Array
+    B: jax.Array
+    C: jax.Array
+    dt: jax.Array
+    D: jax.Array
+
+
+def init_s4d(
+    key: jax.Array,
+    width: int,
+    state_size: int = 64,
+    *,
+    initialization: str = "lin",
+    dt_min: float = 1e-3,
+    dt_max: float = 1e-1,
+) -> dict[str, jax.Array]:
+    """The initial real parameters of `width` S4D channels (S4D, arXiv 2206.11893, section 4.4).
+
+    Lambda and B by the named scheme, the same in all channels; C complex normal of variance 1; dt log-uniform; D
+    normal.
+
+    Args:
+      key: a PRNG key.
+      width: D.
+      state_size: N, even.
+      initialization: "legs", "lin" or "inv".
+      dt_min: the smallest step.
+      dt_max: the largest step.
+
+    Returns:
+      float32: log_neg_re and im [D, N/2], so that Lambda = -exp(log_neg_re) + i im; B and C [D, N/2, 2], real and
+      imaginary part; log_dt and D [D].
+
+    Raises:
+      ValueError: the scheme is unknown, or the state size odd.
+    """
+    if initialization not in INITIALIZATIONS:
+        raise ValueError(f"unknown initialization {initialization!r}; choose one of {', '.join(INITIALIZATIONS)}")
+    Lambda, B = INITIALIZATIONS[initialization](state_size)
+    C_key, dt_key, D_key = jax.random.split(key, 3)
+
+    def in_every_channel(x: np.ndarray) -> jax.Array:
+        return jnp.tile(jnp.asarray(x, jnp.float32), (width,) + (1,) * x.ndim)
+
+    log_dt = jax.random.uniform(dt_key, (width,), jnp.float32, np.log(dt_min), np.log(dt_max))
+    return {
+        "log_neg_re": in_every_channel(np.log(-Lambda.real)),
+        "im": in_every_channel(Lambda.imag),
+        "B": in_every_channel(np.stack([B.real, B.imag], -1)),
+        "C": jax.random.normal(C_key, (width, state_size // 2, 2), jnp.float32) * np.float32(np.sqrt(0.5)),
+        "log_dt": log_dt,
+        "D": jax.random.normal(D_key, (width,), jnp.float32),
+    }
+
+
+def to_complex(real: dict[str, jax.Array]) -> SSMParams:
+    """The `SSMParams` that the real parameters of `init_s4d` stand for."""
+    return SSMParams(
+        Lambda=jax.lax.complex(-jnp.exp(real["log_neg_re"]), real["im"]),
+        B=jax.lax.complex(real["B"][..., 0], real["B"][..., 1]),
+        C=jax.lax.complex(real["C"][..., 0], real["C"][..., 1]),
+        dt=jnp.exp(real["log_dt"]),
+        D=real["D"],
+    )

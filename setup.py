@@ -1,0 +1,41 @@
+"""Packaging of diffussm_jax. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="diffussm_jax",
+    version="0.1.0",
+    description="DiffuSSM in JAX: attention-free latent diffusion with bidirectional S4D state-space blocks",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["diffussm_jax", "diffussm_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "clu>=0.0.12",
+        "etils[epath]",
+        "flax>=0.12",
+        "jax>=0.10",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "pillow",
+        "scikit-learn",
+        "scipy",
+        "tensorboardX>=2.6",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        # Running the tests and the notebooks, and the linter.
+        "dev": ["ipykernel", "nbclient", "nbformat", "pytest", "ruff"],
+        # Comparing with PyTorch implementations, in tests only.
+        "parity": ["diffusers>=0.36", "torch>=2.6"],
+    },
+)
