@@ -33,8 +33,10 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        # Running the tests and the notebooks, and the linter.
-        "dev": ["ipykernel", "nbclient", "nbformat", "pytest", "ruff"],
+        # What the notebooks of colabs/ need beside Jupyter.
+        "notebook": ["matplotlib"],
+        # Running the tests, the notebooks among them, and the linter.
+        "dev": ["ipykernel", "matplotlib", "nbclient", "nbformat", "pytest", "ruff"],
         # Comparing with PyTorch implementations, in tests only.
         "parity": ["diffusers>=0.36", "torch>=2.6"],
     },

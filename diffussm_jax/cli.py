@@ -6,8 +6,8 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 
-def run(main: Callable[[], int]) -> None:
-    """Parses the flags, calls `main`, and exits with its code.
+def run(main: Callable[..., int], num_arguments: int = 0) -> None:
+    """Parses the flags, calls `main` with the other arguments, of which there must be so many, and exits with its code.
 
     A ValueError or FileNotFoundError, with which the package says what is wrong with its input, is printed without a
     traceback, and the code is 1; with --verbosity=1 the traceback comes too. Libraries' messages below a warning are
@@ -15,12 +15,12 @@ def run(main: Callable[[], int]) -> None:
     """
 
     def start(argv: list[str]) -> int:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        if len(argv) != 1 + num_arguments:
+            raise app.UsageError(f"expected {num_arguments} arguments beside the flags, got {argv[1:]}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
-            return main()
+            return main(*argv[1:])
         except (ValueError, FileNotFoundError) as error:
             if logging.level_debug():
                 raise

@@ -4,6 +4,7 @@ A file in `configs/` starts from `default_config()` or `paper_config()` and sets
 any of them, `--config.model.depth=2`.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -69,9 +70,22 @@ _RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "optimizer.ema_decay": (0, 1),
         "sampling.guidance_scale": (0, float("inf")),
         "sampling.eta": (0, 1),
-        "diffusion.num_steps": (20, 100_000),
+        "diffusion.num_steps": (21, 100_000),
     }
 )
+
+
+def load_config(file: str) -> ConfigDict:
+    """The config of a file of configs/, as --config gives it to the programs: "configs/imagenet256.py:XL".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
+    path, colon, argument = file.partition(":")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if colon else module.get_config()
 
 
 def default_config() -> ConfigDict:

@@ -33,9 +33,9 @@ def classifier_free(
     Raises:
       ValueError: the scale is negative, the interval is empty, or more channels are to be guided than there are.
     """
-    if scale < 0:
+    if not scale >= 0:
         raise ValueError(f"the guidance scale must not be negative, got {scale}")
-    if interval[0] > interval[1]:
+    if not interval[0] <= interval[1]:
         raise ValueError(f"the guidance interval must be (low, high) with low <= high, got {interval}")
 
     def conditional(x_t, t):
@@ -57,11 +57,12 @@ def classifier_free(
 
     if scale == 1:
         return conditional
-    if interval == (0, math.inf):
+    if tuple(interval) == (0, math.inf):
         return guided
 
     def denoise(x_t, t):
-        inside = jnp.all((t >= interval[0]) & (t <= interval[1]))
+        time = t.astype(jnp.float32)
+        inside = jnp.all((time >= interval[0]) & (time <= interval[1]))
         return jax.lax.cond(inside, guided, conditional, x_t, t)
 
     return denoise

@@ -43,9 +43,11 @@ METHODS = {
 def _apply(directions, reverse, u, method, discretization):
     if method not in METHODS:
         raise ValueError(f"unknown SSM method {method!r}; choose one of {', '.join(METHODS)}")
-    widths = [params.dt.shape[0] for params in directions]
-    if u.ndim != 3 or any(width != u.shape[-1] for width in widths):
-        raise ValueError(f"u must be [B, L, D] with D = {widths[0]} as in the SSM's parameters, got shape {u.shape}")
+    for params in directions:
+        if u.ndim != 3 or params.dt.shape[0] != u.shape[-1]:
+            raise ValueError(f"u must be [B, L, D] with the SSM's D = {params.dt.shape[0]} channels, got {u.shape}")
+    if not jnp.issubdtype(u.dtype, jnp.floating):
+        raise ValueError(f"u must be of a float dtype, got {u.dtype}")
     if u.shape[1] < 1:
         raise ValueError(f"u must have at least one position, got shape {u.shape}")
     y = METHODS[method](directions, u.astype(jnp.float32), discretization=discretization, reverse=reverse)

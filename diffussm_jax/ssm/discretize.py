@@ -5,7 +5,8 @@
 
 Powers Lambda_bar**l turn by l dt Im(Lambda), thousands of radians for the fast states, of which float32 keeps too few
 digits behind the point. So that angle is multiplied out in pairs of floats and reduced to one turn first
-(`_reduced_angle`).
+(`_reduced_angle`). With the bilinear transform the angle of one step is itself an arctangent, rounded to float32: its
+powers are off by about l * 1e-7, those of zoh by 1e-7 at any l.
 """
 
 import jax
@@ -82,10 +83,10 @@ def _log_powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discreti
     dt = jnp.broadcast_to(dt[..., None], Lambda.shape)
     if discretization == "zoh":
         log_decay, angle, scale = Lambda.real * dt, Lambda.imag, dt
-    else:  # through log1p, so that a Lambda_bar near 1 is not rounded first
-        half = Lambda * dt.astype(jnp.complex64) / 2
-        log_Lambda_bar = jnp.log1p(half) - jnp.log1p(-half)
-        log_decay, angle, scale = log_Lambda_bar.real, log_Lambda_bar.imag, jnp.ones_like(dt)
+    else:  # |1 + h|^2 / |1 - h|^2 = 1 + 4 Re h / |1 - h|^2, and log1p does not round that sum first
+        re, im = Lambda.real * dt / 2, Lambda.imag * dt / 2
+        log_decay = jnp.log1p(4 * re / ((1 - re) ** 2 + im**2)) / 2
+        angle, scale = jnp.arctan2(2 * im, 1 - re**2 - im**2), jnp.ones_like(dt)
     return jax.lax.complex(
         log_decay[..., None] * exponents, _reduced_angle(angle[..., None], scale[..., None], exponents)
     )
@@ -127,6 +128,5 @@ def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     a_high, a_low = halves(a)
     b_high, b_low = halves(b)
-    cross = a_high * b_low + a_low * b_high
-    product = a_high * b_high + cross
-    return product, (a_high * b_high - product) + cross + a_low * b_low
+    product = a_high * b_high + (a_high * b_low + a_low * b_high)
+    return product, ((a_high * b_high - product) + a_high * b_low) + a_low * b_high + a_low * b_low

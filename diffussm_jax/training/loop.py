@@ -89,10 +89,14 @@ class Experiment:
 
 
 def init_params(model: nn.Module, input_shape: tuple[int, int, int], seed: int) -> dict:
-    """A model's parameters before training. Jit it, or `jax.eval_shape` it to have shapes alone."""
-    x_t, t = np.zeros((1, *input_shape), np.float32), np.zeros(1, np.int32)
-    y = np.zeros(1, np.int32) if model.num_classes else None
-    return model.init(jax.random.key(seed), x_t, t, y)["params"]
+    """A model's parameters before training; under `jax.eval_shape`, their shapes alone."""
+
+    def init():
+        x_t, t = np.zeros((1, *input_shape), np.float32), np.zeros(1, np.int32)
+        y = np.zeros(1, np.int32) if model.num_classes else None
+        return model.init(jax.random.key(seed), x_t, t, y)["params"]
+
+    return jax.jit(init)()
 
 
 def _keep_config(config: dict, workdir: epath.Path) -> None:

@@ -1,0 +1,23 @@
+"""What the tests share: one finished run of a tiny model."""
+
+import os
+import tempfile
+
+# Many tests compile the same small programs, in this process and in those that they start: compile each once. Before
+# JAX is imported, and for this run of the tests only.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffussm_jax_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import pytest
+from tiny import tiny_config
+
+from diffussm_jax.build import build_experiment
+from diffussm_jax.training.loop import train
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The work directory of a finished run of `tiny_config()`; read it only."""
+    workdir = tmp_path_factory.mktemp("tiny_run")
+    assert train(build_experiment(tiny_config()), workdir) is None
+    return workdir

@@ -1,0 +1,25 @@
+"""A config that trains in seconds."""
+
+from diffussm_jax.config import default_config
+
+
+def tiny_config():
+    """A class-conditional model of the digits with two narrow blocks; a dozen steps."""
+    config = default_config()
+    config.batch_size = 8
+    config.num_steps = 12
+    config.log_every = 3
+    config.eval_every = 6
+    config.sample_every = 6
+    config.checkpoint_every = 4
+    config.model.width = 16
+    config.model.depth = 2
+    config.model.state_size = 4
+    config.diffusion.schedule = "cosine"
+    config.diffusion.clip_x_0 = True
+    config.optimizer.learning_rate = 1e-3
+    config.sampling.sampler = "ddim"
+    config.sampling.num_steps = 3
+    config.sampling.guidance_scale = 1.5
+    config.sampling.num_grid_rows = 1
+    return config
