@@ -17,7 +17,8 @@ def tiny_config():
     config.model.state_size = 4
     config.diffusion.schedule = "cosine"
     config.diffusion.clip_x_0 = True
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.ema_decay = 0.5
     config.sampling.sampler = "ddim"
     config.sampling.num_steps = 3
     config.sampling.guidance_scale = 1.5

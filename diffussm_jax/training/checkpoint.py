@@ -93,7 +93,7 @@ class Checkpointer:
         raise ValueError(f"no checkpoint {which!r} in {self.directory}; choose latest, best or one of {steps}")
 
     def save(self, state: TrainState, eval_loss: float | None = None) -> None:
-        """Starts saving the state under its step; copies it from the device first, so that it may be donated after."""
+        """Starts to save the state under its step. It is copied from the device first, and may be donated after that."""
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -109,6 +109,7 @@ class Checkpointer:
         Raises:
           ValueError: the checkpoint is of another model; the message lists what differs.
         """
+        self._manager.wait_until_finished()
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         self._check(step, "ema", like.ema_params)
         restored = self._manager.restore(

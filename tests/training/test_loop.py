@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_readme_promises(tiny_run):
     assert json.loads((tiny_run / "config.json").read_text())["model"]["width"] == 16
     assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
     assert list(tiny_run.glob("events.out.tfevents.*"))
-    assert float(rows(tiny_run)[-1]["loss"]) < float(rows(tiny_run)[0]["loss"])
+    assert float(rows(tiny_run)[-1]["mse"]) < float(rows(tiny_run)[0]["mse"])
 
 
 def test_a_finished_run_does_nothing_more(tiny_run):
