@@ -93,7 +93,7 @@ class Checkpointer:
         raise ValueError(f"no checkpoint {which!r} in {self.directory}; choose latest, best or one of {steps}")
 
     def save(self, state: TrainState, eval_loss: float | None = None) -> None:
-        """Starts to save the state under its step. It is copied from the device first, and may be donated after that."""
+        """Starts to save the state under its step; it is copied first, and may be donated when this returns."""
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable
 
@@ -123,6 +124,9 @@ def _keep_config(config: dict, workdir: epath.Path) -> None:
 def _stop_on_signal():
     """Yields a function that tells which of SIGINT and SIGTERM has come, or None. A second one is obeyed at once."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield lambda: None
+        return
 
     def handler(signum, frame):
         if received:
