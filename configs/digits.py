@@ -8,12 +8,12 @@ from diffussm_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.batch_size = 64
-    config.num_steps = 1500
+    config.batch_size = 32
+    config.num_steps = 2800
     config.log_every = 50
-    config.eval_every = 500
-    config.sample_every = 500
-    config.checkpoint_every = 500
+    config.eval_every = 700
+    config.sample_every = 700
+    config.checkpoint_every = 700
 
     config.model.width = 64
     config.model.depth = 4
@@ -24,15 +24,15 @@ def get_config():
     config.diffusion.schedule = "cosine"
     config.diffusion.clip_x_0 = True
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.decay = "cosine"
     config.optimizer.max_grad_norm = 1.0
-    config.optimizer.ema_decay = 0.995
+    config.optimizer.ema_decay = 0.998
     config.optimizer.has_ema_warmup = True
 
     config.sampling.sampler = "ddim"
     config.sampling.num_steps = 50
-    config.sampling.guidance_scale = 1.5
+    config.sampling.guidance_scale = 1.1
     config.sampling.num_grid_rows = 6
     return config
