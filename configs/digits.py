@@ -9,11 +9,11 @@ from diffussm_jax.config import default_config
 def get_config():
     config = default_config()
     config.batch_size = 32
-    config.num_steps = 2800
+    config.num_steps = 2500
     config.log_every = 50
-    config.eval_every = 700
-    config.sample_every = 700
-    config.checkpoint_every = 700
+    config.eval_every = 500
+    config.sample_every = 1250
+    config.checkpoint_every = 500
 
     config.model.width = 64
     config.model.depth = 4
