@@ -64,7 +64,7 @@ def linear_schedule(num_steps: int = 1000) -> Schedule:
     """
     scale = 1000 / num_steps if num_steps >= 1 else math.inf
     if 0.02 * scale >= 1:
-        raise ValueError(f"a linear schedule needs more than 20 steps, got num_steps = {num_steps}")
+        raise ValueError(f"num_steps of a linear schedule must be more than 20, got {num_steps}")
     return Schedule(betas=np.linspace(1e-4 * scale, 2e-2 * scale, num_steps), timesteps=np.arange(num_steps))
 
 

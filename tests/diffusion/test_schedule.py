@@ -109,7 +109,7 @@ def test_a_single_step_has_beta_for_both_bounds_of_its_variance():
     np.testing.assert_allclose(schedule.posterior_log_variance, np.log(schedule.betas), rtol=DERIVED_RTOL)
 
 
-@pytest.mark.parametrize("num_steps", [-1, 0, 1, 19])
+@pytest.mark.parametrize("num_steps", [-1, 0, 1, 20])
 def test_linear_schedule_refuses_too_few_steps(num_steps):
     with pytest.raises(ValueError, match=f"num_steps.* got {num_steps}$"):
         linear_schedule(num_steps)
