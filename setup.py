@@ -36,7 +36,7 @@ setup(
         # What the notebooks of colabs/ need beside Jupyter.
         "notebook": ["matplotlib"],
         # Running the tests, the notebooks among them, and the linter.
-        "dev": ["ipykernel", "matplotlib", "nbclient", "nbformat", "pytest", "ruff"],
+        "dev": ["ipykernel", "matplotlib", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
         # Comparing with PyTorch implementations, in tests only.
         "parity": ["diffusers>=0.36", "torch>=2.6"],
     },

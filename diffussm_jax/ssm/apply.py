@@ -45,7 +45,9 @@ def _apply(directions, reverse, u, method, discretization):
         raise ValueError(f"unknown SSM method {method!r}; choose one of {', '.join(METHODS)}")
     for params in directions:
         if u.ndim != 3 or params.dt.shape[0] != u.shape[-1]:
-            raise ValueError(f"u must be [B, L, D] with the SSM's D = {params.dt.shape[0]} channels, got {u.shape}")
+            raise ValueError(
+                f"u must be [B, L, D] with D = {params.dt.shape[0]} as in the SSM's parameters, got shape {u.shape}"
+            )
     if not jnp.issubdtype(u.dtype, jnp.floating):
         raise ValueError(f"u must be of a float dtype, got {u.dtype}")
     if u.shape[1] < 1:

@@ -109,7 +109,6 @@ class Checkpointer:
         Raises:
           ValueError: the checkpoint is of another model; the message lists what differs.
         """
-        self._manager.wait_until_finished()
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         self._check(step, "ema", like.ema_params)
         restored = self._manager.restore(
@@ -126,6 +125,7 @@ class Checkpointer:
         return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like)))["ema"]
 
     def _check(self, step: int, item: str, like) -> None:
+        self._manager.wait_until_finished()
         found = self._manager.item_metadata(step)[item]
         check_same_tree(
             like, found.tree if hasattr(found, "tree") else found, f"checkpoint {self.directory / str(step)}"

@@ -22,7 +22,7 @@ def random_params(model, shape, scale=0.3):
 
     def draw(path, leaf):
         name = path[-1].key
-        mean = {"log_neg_re": -0.7, "log_dt": -4.0, "im": 3.0}.get(name, 0.0)
+        mean = {"log_neg_re": -0.7, "log_dt": -1.5, "im": 3.0}.get(name, 0.0)
         spread = scale if name in ("bias", "embedding") else scale / np.sqrt(max(leaf.shape[-2:])) * 2
         return jnp.asarray(rng.normal(mean, spread, leaf.shape), jnp.float32)
 
