@@ -9,11 +9,11 @@ from diffussm_jax.config import default_config
 def get_config():
     config = default_config()
     config.batch_size = 32
-    config.num_steps = 2500
+    config.num_steps = 2600
     config.log_every = 50
-    config.eval_every = 500
-    config.sample_every = 1250
-    config.checkpoint_every = 500
+    config.eval_every = 650
+    config.sample_every = 1300
+    config.checkpoint_every = 650
 
     config.model.width = 64
     config.model.depth = 4
@@ -33,6 +33,6 @@ def get_config():
 
     config.sampling.sampler = "ddim"
     config.sampling.num_steps = 50
-    config.sampling.guidance_scale = 1.1
+    config.sampling.guidance_scale = 1.25
     config.sampling.num_grid_rows = 6
     return config
