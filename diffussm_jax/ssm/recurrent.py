@@ -5,7 +5,8 @@ faster method is compared with; `associative` the same by a parallel prefix scan
 
 A recurrence in float32 rounds Lambda_bar once and applies it L times, so its error grows with L: at initialisation and
 L = 4096 it is 5e-6 for S4D-Lin and S4D-Inv, 4e-5 for S4D-LegS, whose fast states weigh more. The other methods take
-powers of Lambda_bar without that loss: with zoh they stay below 1e-6.
+powers of Lambda_bar without that loss: with zoh `fft` and `chunked` stay below 1e-6, `associative`, which multiplies
+within its chunks, below 4e-6.
 """
 
 import jax
