@@ -3,17 +3,23 @@
     zoh:       Lambda_bar = exp(dt Lambda),                        B_bar = (Lambda_bar - 1) / Lambda  B
     bilinear:  Lambda_bar = (1 + dt Lambda/2) / (1 - dt Lambda/2),  B_bar = dt / (1 - dt Lambda/2)  B
 
-Powers Lambda_bar**l turn by l dt Im(Lambda), thousands of radians for the fast states, of which float32 keeps too few
-digits behind the point. So that angle is multiplied out in pairs of floats and reduced to one turn first
-(`_reduced_angle`). With the bilinear transform the angle of one step is itself an arctangent, rounded to float32: its
-powers are off by about l * 1e-7, those of zoh by 1e-7 at any l.
+Powers Lambda_bar**l turn by l times the angle of one step, thousands of radians for the fast states, of which float32
+keeps too few digits behind the point. So angles are counted in turns, a pair of floats each (`_step_turns`), and whole
+turns are dropped before anything is rounded.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 DISCRETIZATIONS = ("zoh", "bilinear")
+
+_NUM_ROOTS = 1024
+_ROOTS = np.exp(2j * np.pi * np.arange(_NUM_ROOTS) / _NUM_ROOTS)  # points of the unit circle, as a pair of complex64
+_ROOTS_HIGH = _ROOTS.astype(np.complex64)
+_ROOTS_LOW = (_ROOTS - _ROOTS_HIGH).astype(np.complex64)
 
 
 def _check(discretization: str) -> None:
@@ -78,39 +84,107 @@ def transition_powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, di
     return jnp.exp(_log_powers(Lambda, dt, exponents.astype(jnp.float32), discretization))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def split_transition(Lambda: jax.Array, dt: jax.Array, discretization: str) -> tuple[jax.Array, jax.Array]:
+    """Lambda_bar as root + rest, for a recurrence that applies it thousands of times.
+
+    The root is a complex64 number on the unit circle, the rest 1/160 at most where the state decays slowly, and the
+    sum is Lambda_bar to 2e-9: x -> root x + (rest x + B_bar u) has no systematic error, as a rounded Lambda_bar has.
+
+    Args:
+      Lambda: [D, N/2] complex64.
+      dt: [D] float32.
+      discretization: "zoh" or "bilinear".
+
+    Returns:
+      The root and the rest, [D, N/2] complex64. Gradients flow through the rest.
+
+    Raises:
+      ValueError: the discretisation is unknown.
+    """
+    _check(discretization)
+    turns, turns_low = _step_turns(Lambda, dt, discretization)
+    index, remainder = _nearest_root(turns)
+    high, low = jnp.asarray(_ROOTS_HIGH)[index], jnp.asarray(_ROOTS_LOW)[index]
+    angle = np.float32(2 * np.pi) * (remainder + turns_low)
+    beyond_root = jnp.expm1(jax.lax.complex(_log_decay(Lambda, dt, discretization), angle))
+    return high, low + (high + low) * beyond_root
+
+
+@split_transition.defjvp
+def _split_transition_jvp(discretization, primals, tangents):
+    root, rest = split_transition(*primals, discretization)
+    d_log = _log_transition_jvp(*primals, *tangents, discretization)
+    return (root, rest), (jnp.zeros_like(root), (root + rest) * d_log)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _log_powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> jax.Array:
     """l log(Lambda_bar) up to whole turns, for exponents l [K] float32: [D, N/2, K] complex64."""
-    dt = jnp.broadcast_to(dt[..., None], Lambda.shape)
-    if discretization == "zoh":
-        log_decay, angle, scale = Lambda.real * dt, Lambda.imag, dt
-    else:  # |1 + h|^2 / |1 - h|^2 = 1 + 4 Re h / |1 - h|^2, and log1p does not round that sum first
-        re, im = Lambda.real * dt / 2, Lambda.imag * dt / 2
-        log_decay = jnp.log1p(4 * re / ((1 - re) ** 2 + im**2)) / 2
-        angle, scale = jnp.arctan2(2 * im, 1 - re**2 - im**2), jnp.ones_like(dt)
-    return jax.lax.complex(
-        log_decay[..., None] * exponents, _reduced_angle(angle[..., None], scale[..., None], exponents)
-    )
-
-
-@jax.custom_jvp
-def _reduced_angle(omega: jax.Array, dt: jax.Array, exponents: jax.Array) -> jax.Array:
-    """omega * dt * exponents modulo 2 pi, to about 1e-7 however large the product is."""
-    turn_hi = np.float32(1 / (2 * np.pi))
-    turn_lo = np.float32(1 / (2 * np.pi) - np.float64(turn_hi))
-    angle, angle_low = _exact_product(omega, dt)
-    turns, turns_low = _exact_product(angle, turn_hi)
-    turns_low = turns_low + angle * turn_lo + angle_low * turn_hi
-    turns = turns - jnp.round(turns)
+    turns, turns_low = (x[..., None] for x in _step_turns(Lambda, dt, discretization))
     total, total_low = _exact_product(turns, exponents)
     total_low = total_low + turns_low * exponents
-    return np.float32(2 * np.pi) * (total - jnp.round(total) + total_low)
+    angle = np.float32(2 * np.pi) * (total - jnp.round(total) + total_low)
+    return jax.lax.complex(_log_decay(Lambda, dt, discretization)[..., None] * exponents, angle)
 
 
-@_reduced_angle.defjvp
-def _reduced_angle_jvp(primals, tangents):
-    omega, dt, exponents = primals
-    d_omega, d_dt, _ = tangents
-    return _reduced_angle(*primals), (d_omega * dt + omega * d_dt) * exponents
+@_log_powers.defjvp
+def _log_powers_jvp(discretization, primals, tangents):
+    Lambda, dt, exponents = primals
+    d_log = _log_transition_jvp(Lambda, dt, *tangents[:2], discretization)
+    return _log_powers(*primals, discretization), d_log[..., None] * exponents.astype(jnp.complex64)
+
+
+def _log_transition_jvp(Lambda, dt, d_Lambda, d_dt, discretization):
+    """The tangent of log(Lambda_bar), [D, N/2]."""
+    dt, d_dt = (x[..., None].astype(jnp.complex64) for x in (dt, d_dt))
+    d_z = d_Lambda * dt + Lambda * d_dt
+    return d_z if discretization == "zoh" else d_z / (1 - (Lambda * dt / 2) ** 2)
+
+
+def _log_decay(Lambda: jax.Array, dt: jax.Array, discretization: str) -> jax.Array:
+    """log |Lambda_bar|, [D, N/2]."""
+    re, im = Lambda.real * dt[..., None], Lambda.imag * dt[..., None]
+    if discretization == "zoh":
+        return re
+    # With h = z / 2, |1 + h|^2 / |1 - h|^2 = 1 + 4 Re h / |1 - h|^2, and log1p does not round that sum first.
+    return jnp.log1p(2 * re / ((1 - re / 2) ** 2 + (im / 2) ** 2)) / 2
+
+
+def _step_turns(Lambda: jax.Array, dt: jax.Array, discretization: str) -> tuple[jax.Array, jax.Array]:
+    """The angle of Lambda_bar in turns, up to whole ones, as a sum of two floats: [D, N/2] each."""
+    if discretization == "zoh":
+        angle, angle_low = _exact_product(Lambda.imag, dt[..., None])
+        by_angle = np.float32(1 / (2 * np.pi))
+        by_angle_low = np.float32(1 / (2 * np.pi) - np.float64(by_angle))
+        turns, turns_low = _exact_product(angle, by_angle)
+        return turns - jnp.round(turns), turns_low + angle * by_angle_low + angle_low * by_angle
+    # The angles of 1 + h and of the conjugate of 1 - h, which both have the imaginary part of h.
+    re = Lambda.real * dt[..., None] / 2
+    im, im_low = _exact_product(Lambda.imag, dt[..., None] / 2)
+    nearest_plus, turns_plus = _direction(re, im, im_low)
+    nearest_minus, turns_minus = _direction(-re, im, im_low)
+    return nearest_plus + nearest_minus, turns_plus + turns_minus
+
+
+def _direction(x: jax.Array, y: jax.Array, y_low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The angle of (1 + x, y + y_low) in turns: that of the nearest root of unity, and the rest."""
+    one_x = 1 + x
+    # What the sum lost. XLA would simplify (1 + x) - 1 to x, but not past a change of precision.
+    x_low = x - (jax.lax.reduce_precision(one_x, 8, 23) - 1)
+    index, _ = _nearest_root(jnp.arctan2(y, one_x) * np.float32(1 / (2 * np.pi)))
+    high, low = jnp.asarray(_ROOTS_HIGH)[index], jnp.asarray(_ROOTS_LOW)[index]
+    # Turned back by the root's angle, the vector points almost along the first axis.
+    (y_cos, y_cos_low), (x_sin, x_sin_low) = _exact_product(y, high.real), _exact_product(one_x, high.imag)
+    lost = (y_cos_low - x_sin_low) + (y_low * high.real - x_low * high.imag) + (y * low.real - one_x * low.imag)
+    across, along = (y_cos - x_sin) + lost, one_x * high.real + y * high.imag
+    return index.astype(jnp.float32) / _NUM_ROOTS, jnp.arctan2(across, along) * np.float32(1 / (2 * np.pi))
+
+
+def _nearest_root(turns: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The index of the root of unity nearest to an angle in turns, and how many turns remain."""
+    nearest = jnp.round(turns * _NUM_ROOTS)
+    return nearest.astype(jnp.int32) % _NUM_ROOTS, turns - nearest / _NUM_ROOTS
 
 
 def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
