@@ -50,10 +50,10 @@ def diagonal_kernel(
     _, B_bar = discretize(Lambda, B, dt, discretization)
     num_inner = math.ceil(math.sqrt(length))
     num_outer = math.ceil(length / num_inner)
-    outer = (2 * C * B_bar)[..., None] * transition_powers(
-        Lambda, dt, jnp.arange(num_outer) * num_inner, discretization
-    )
-    inner = transition_powers(Lambda, dt, jnp.arange(num_inner), discretization)
+    exponents = jnp.concatenate([jnp.arange(num_outer) * num_inner, jnp.arange(num_inner)])
+    # Without the barrier XLA computes the exponentials again wherever they are used.
+    powers = jax.lax.optimization_barrier(transition_powers(Lambda, dt, exponents, discretization))
+    outer, inner = (2 * C * B_bar)[..., None] * powers[..., :num_outer], powers[..., num_outer:]
     # Re(outer * inner) = Re outer Re inner - Im outer Im inner: conjugate one side, then it is one dot product.
     K = jnp.einsum("dni,dnj->dij", real_rows(outer.conj(), 1), real_rows(inner, 1), precision=jax.lax.Precision.HIGHEST)
     return K.reshape(*K.shape[:-2], num_outer * num_inner)[..., :length]
