@@ -141,6 +141,7 @@ def main(what: str) -> int:
     shapes = [parse_shape(text) for text in _SHAPES.value]
     for name in _METHODS.value:
         _method(name)
+    cli.keep_freed_memory()
     devices, first = jax.devices(), _METHODS.value[0]
     print(
         f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, milliseconds, medians of {_REPEATS.value}"

@@ -41,6 +41,7 @@ def main() -> int:
     if config is None or workdir is None:
         raise app.UsageError("give --config=configs/digits.py (or another file of configs/) and --workdir=FOLDER")
     validate(config, jax.device_count())
+    cli.keep_freed_memory()
     print(describe(config), flush=True)
     stopped_by = train(build_experiment(config), workdir)
     if stopped_by is not None:

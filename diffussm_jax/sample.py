@@ -141,6 +141,7 @@ def main() -> int:
         raise app.UsageError("give --workdir=FOLDER, the folder of a run")
     if _LABELS.value is not None and not all(label.strip().isdecimal() for label in _LABELS.value):
         raise ValueError(f"--labels must be whole numbers with commas between, got {','.join(_LABELS.value)}")
+    cli.keep_freed_memory()
     images, labels = sample(
         _WORKDIR.value,
         num_samples=_NUM_SAMPLES.value,
