@@ -15,17 +15,22 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
+        "array_record>=0.8",
         "clu>=0.0.12",
         "etils[epath]",
+        "importlib_resources",  # which tensorflow-datasets imports and does not declare
         "flax>=0.12",
+        "grain>=0.2.10",
         "jax>=0.10",
         "ml-collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pillow",
+        "safetensors",
         "scikit-learn",
         "scipy",
+        "tensorflow-datasets>=4.9.9",
         "tensorboardX>=2.6",
         "tqdm",
     ],
@@ -33,10 +38,16 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # Pretrained autoencoders by name.
+        "hub": ["huggingface_hub"],
+        # LSUN's LMDB files.
+        "lsun": ["lmdb"],
+        # Preparing data sets by TFDS; reading them needs no TensorFlow.
+        "prepare": ["tensorflow"],
         # What the notebooks of colabs/ need beside Jupyter.
         "notebook": ["matplotlib"],
         # Running the tests, the notebooks among them, and the linter.
-        "dev": ["ipykernel", "matplotlib", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
+        "dev": ["ipykernel", "lmdb", "matplotlib", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
         # Comparing with PyTorch implementations, in tests only.
         "parity": ["diffusers>=0.36", "torch>=2.6"],
     },

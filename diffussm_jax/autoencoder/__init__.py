@@ -1,0 +1,17 @@
+"""Autoencoders, which turn images into latents and back; their weights are read from and written for diffusers."""
+
+from diffussm_jax.autoencoder.convert import encoder_hash, from_diffusers, to_diffusers, weights_hash
+from diffussm_jax.autoencoder.kl import AutoencoderKL, init_params, sample_latents
+from diffussm_jax.autoencoder.tiling import tiled_decode, tiled_encode
+
+__all__ = [
+    "AutoencoderKL",
+    "encoder_hash",
+    "from_diffusers",
+    "init_params",
+    "sample_latents",
+    "tiled_decode",
+    "tiled_encode",
+    "to_diffusers",
+    "weights_hash",
+]

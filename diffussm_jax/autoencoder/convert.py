@@ -1,0 +1,319 @@
+"""Weights of `AutoencoderKL` from and for diffusers: `config.json` and `diffusion_pytorch_model.safetensors`.
+
+Names differ as `decoder.up_blocks.0.resnets.1.norm1.weight` and `decoder/up_blocks_0/resnets_1/norm1/scale` do.
+Kernels are transposed: a conv's [out, in, height, width] is [height, width, in, out] here, and a linear layer's
+[out, in] is [in, out]. Files in PyTorch's own formats are never read, since to read a pickle is to run it.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from diffussm_jax.autoencoder.kl import DTYPES, AutoencoderKL
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+_CLASS_NAME = "AutoencoderKL"
+_BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+# What diffusers takes where the file says nothing.
+_DEFAULTS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+# Only with these values is a model the one of kl.py; the first is written.
+_SUPPORTED = {
+    "act_fn": ("silu", "swish"),
+    "mid_block_add_attention": (True,),
+    "shift_factor": (None, 0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+_IGNORED = ("sample_size", "force_upcast")  # the tile size and the dtype policy of diffusers
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_TENSOR_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+def from_diffusers(path: epath.PathLike, *, dtype: str = "float32") -> tuple[AutoencoderKL, dict[str, Any]]:
+    """Reads an `AutoencoderKL` that diffusers saved.
+
+    Args:
+      path: a directory with `config.json` and `diffusion_pytorch_model.safetensors`, or that of a whole pipeline, of
+        which the folder `vae` is read; or, if there is no such directory, the name of a repository of the Hugging Face
+        hub, such as "stabilityai/sd-vae-ft-ema".
+      dtype: "float32" or "bfloat16", in which the model computes.
+
+    Returns:
+      The model and its parameters, float32 whatever the file holds (float32, float16 or bfloat16).
+
+    Raises:
+      FileNotFoundError: there is no such directory or repository, or it lacks one of the two files.
+      ValueError: a file is damaged, describes a model other than `AutoencoderKL` can be, or holds other tensors than
+        that model has.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    directory = _find(path)
+    model = AutoencoderKL(**_read_config(directory / CONFIG), dtype=jnp.dtype(dtype))
+    try:
+        shapes = _param_shapes(model)
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from error
+    tensors = _with_new_names(_read_tensors(directory / WEIGHTS))
+    _check_same(
+        {_diffusers_name(p): _diffusers_shape(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)},
+        {name: tensor.shape for name, tensor in tensors.items()},
+        f"{directory / WEIGHTS} does not hold the tensors of the model in {CONFIG}",
+    )
+
+    def to_param(path, _):
+        tensor = tensors[_diffusers_name(path)]
+        axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(tensor.ndim)
+        return jnp.asarray(tensor.astype(np.float32).transpose(axes))
+
+    return model, jax.tree_util.tree_map_with_path(to_param, shapes)
+
+
+def to_diffusers(model: AutoencoderKL, params: Any, path: epath.PathLike, *, sample_size: int = 512) -> None:
+    """Writes a model as a directory that diffusers' `AutoencoderKL.from_pretrained` and `from_diffusers` read.
+
+    Both files are written beside the directory and then moved into it, `config.json` last, so that no file there is
+    ever half written.
+
+    Args:
+      model: the autoencoder.
+      params: its parameters; written as float32.
+      path: the directory; made if need be, and its files replaced.
+      sample_size: pixels, which diffusers takes as the size of its tiles.
+
+    Raises:
+      ValueError: the parameters are not the model's.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    _check_same(
+        {_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(_param_shapes(model))},
+        {_name(p): tuple(leaf.shape) for p, leaf in leaves},
+        "these are not the model's parameters",
+    )
+    tensors = {}
+    for leaf_path, leaf in leaves:
+        array = np.asarray(leaf, np.float32)
+        array = array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim))
+        tensors[_diffusers_name(leaf_path)] = np.ascontiguousarray(array)  # of a view, safetensors writes what it views
+    num_levels = len(model.block_out_channels)
+    config = {
+        "_class_name": _CLASS_NAME,
+        **{key: getattr(model, key) for key in _DEFAULTS},
+        **{key: [block_type] * num_levels for key, block_type in _BLOCK_TYPES.items()},
+        **{key: values[0] for key, values in _SUPPORTED.items()},
+        "sample_size": sample_size,
+        "force_upcast": True,
+    }
+    path = epath.Path(path)
+    staging = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    staging.mkdir(parents=True)
+    try:
+        (staging / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        path.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            (staging / name).replace(path / name)
+    finally:
+        staging.rmtree()
+
+
+def weights_hash(params: Any) -> str:
+    """SHA-256, in hex, of names, shapes, dtypes and values of parameters: which weights made a set of latents.
+
+    Args:
+      params: a pytree of arrays; values enter as float32, wherever they lie and however they are sharded.
+
+    Returns:
+      64 hex digits.
+    """
+    digest = hashlib.sha256()
+    named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for name, leaf in sorted(named.items()):
+        digest.update(f"{name} {list(leaf.shape)} {np.dtype(leaf.dtype).name}\n".encode())
+        digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def encoder_hash(params: Any) -> str:
+    """`weights_hash` of the part of an AutoencoderKL that makes latents. Decoders trained further leave it the same."""
+    return weights_hash({name: params[name] for name in ("encoder", "quant_conv") if name in params})
+
+
+def _find(path: epath.PathLike) -> epath.Path:
+    """The directory that holds the two files."""
+    directory = epath.Path(path)
+    if not directory.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
+            raise FileNotFoundError(f"there is no directory {path}")
+        directory = epath.Path(_download(str(path)))
+    if (directory / "model_index.json").exists():
+        directory = directory / "vae"
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).exists():
+            found = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else "no such directory"
+            raise FileNotFoundError(
+                f"{directory} holds no {name}, only {found}. Weights are read from safetensors only, never from "
+                "pickles such as .bin, .pt or .ckpt; diffusers' save_pretrained(…, safe_serialization=True) writes them"
+            )
+    return directory
+
+
+def _download(repository: str) -> str:
+    """A snapshot of the two files of a repository of the Hugging Face hub."""
+    remedy = f"or download {CONFIG} and {WEIGHTS} of {repository} and pass the directory that holds them"
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(
+            f"there is no directory {repository}, and the Hugging Face hub needs a package that is not installed: "
+            f"`pip install diffussm_jax[hub]`, {remedy}"
+        ) from error
+    files = ["model_index.json", *(folder + name for folder in ("", "vae/") for name in (CONFIG, WEIGHTS))]
+    try:
+        return huggingface_hub.snapshot_download(repository, allow_patterns=files)
+    except Exception as error:  # of many kinds, which change with the client's version
+        raise FileNotFoundError(
+            f"there is no directory {repository}, and the Hugging Face hub did not give one of that name "
+            f"({type(error).__name__}: {error}). Check the name and the connection, {remedy}"
+        ) from error
+
+
+def _read_config(file: epath.Path) -> dict[str, Any]:
+    """The arguments of `AutoencoderKL`, but its dtype."""
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {config!r:.80}")
+
+    def check(key, is_fine, supported):
+        if not is_fine:
+            raise ValueError(f"{file}: {key} is {config.get(key)!r}; supported is {supported}")
+
+    check("_class_name", config.get("_class_name") == _CLASS_NAME, repr(_CLASS_NAME))
+    fields = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
+    for key, value in fields.items():
+        check(key, *_field_rule(key, value))
+    num_levels = len(fields["block_out_channels"])
+    for key, block_type in _BLOCK_TYPES.items():
+        block_types = [block_type] * num_levels
+        check(key, config.get(key, [block_type]) == block_types, f"{block_types}, one for each of block_out_channels")
+    for key, values in _SUPPORTED.items():
+        check(key, key not in config or config[key] in values, " or ".join(map(repr, values)))
+    known = {*fields, *_BLOCK_TYPES, *_SUPPORTED, *_IGNORED}
+    for key, value in config.items():
+        is_fine = key in known or key.startswith("_") or value is None
+        check(key, is_fine, f"nothing of that name, only {sorted(known)}")
+    return fields | {"block_out_channels": tuple(fields["block_out_channels"])}
+
+
+def _field_rule(key: str, value: Any) -> tuple[bool, str]:
+    """Whether a value can be that of a field, and what can."""
+
+    def is_count(x):
+        return type(x) is int and x > 0
+
+    if key == "block_out_channels":
+        return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_count, value)), "a list of counts"
+    if key == "scaling_factor":
+        return type(value) in (int, float) and math.isfinite(value) and value > 0, "a positive number"
+    if isinstance(_DEFAULTS[key], bool):
+        return isinstance(value, bool), "true or false"
+    return is_count(value), "a positive whole number"
+
+
+def _read_tensors(file: epath.Path) -> dict[str, np.ndarray]:
+    # Not safetensors.numpy.load, which knows no bfloat16.
+    try:
+        entries = safetensors.deserialize(file.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _TENSOR_DTYPES:
+            supported = ", ".join(_TENSOR_DTYPES)
+            raise ValueError(f"{file}: tensor {name} is of dtype {entry['dtype']}; supported is {supported}")
+        tensors[name] = np.frombuffer(entry["data"], _TENSOR_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def _with_new_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Attention as diffusers has named it since 0.17, and its weights, which were 1x1 convs, as matrices."""
+
+    def new_name(match):
+        return match[1] + _OLD_ATTENTION[match[2]]
+
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = re.sub(rf"(\.attentions\.\d+\.)({'|'.join(_OLD_ATTENTION)})(?=\.)", new_name, name)
+        if new != name and new in tensors:  # both: left as it is, to be reported as unexpected
+            new = name
+        if re.search(r"\.attentions\.\d+\.to_\w+(\.0)?\.weight$", new) and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]
+        renamed[new] = tensor
+    return renamed
+
+
+@functools.lru_cache(maxsize=8)
+def _param_shapes(model: AutoencoderKL) -> Any:
+    images = jax.ShapeDtypeStruct((1, model.downsampling, model.downsampling, model.in_channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+def _name(path: Iterable[Any]) -> str:
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _diffusers_name(path: Iterable[Any]) -> str:
+    """encoder/down_blocks_0/resnets_1/norm1/scale -> encoder.down_blocks.0.resnets.1.norm1.weight."""
+    *modules, leaf = _name(path).split("/")
+    return ".".join([*(re.sub(r"_(\d+)$", r".\1", m) for m in modules), "bias" if leaf == "bias" else "weight"])
+
+
+def _diffusers_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return {4: (*shape[:1:-1], *shape[:2]), 2: shape[::-1]}.get(len(shape), shape)
+
+
+def _check_same(expected: Mapping[str, tuple], found: Mapping[str, tuple], message: str) -> None:
+    """Raises ValueError, with all lists, where names or the shapes under the same name differ."""
+    expected, found = ({name: tuple(shape) for name, shape in d.items()} for d in (expected, found))
+    if expected == found:
+        return
+    reshaped = [
+        f"{k}: {found[k]}, not {expected[k]}" for k in sorted(expected.keys() & found.keys()) if expected[k] != found[k]
+    ]
+    raise ValueError(
+        f"{message}.\n"
+        f"  missing: {_listed(expected, found)}\n"
+        f"  unexpected: {_listed(found, expected)}\n"
+        f"  of another shape: {reshaped}"
+    )
+
+
+def _listed(some: Mapping[str, tuple], others: Mapping[str, tuple]) -> list[str]:
+    return [f"{name} {some[name]}" for name in sorted(some.keys() - others.keys())]

@@ -1,0 +1,328 @@
+"""Weights survive the way to diffusers' files and back bit by bit, and files that cannot be right say so."""
+
+import hashlib
+import json
+import re
+import struct
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers, to_diffusers, weights_hash
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+MODEL = AutoencoderKL(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, scaling_factor=0.13025)
+QUERY = "encoder.mid_block.attentions.0.to_q.weight"
+
+
+def random_params(model, seed=0):
+    rng = np.random.default_rng(seed)
+    f = model.downsampling
+    images = jax.ShapeDtypeStruct((1, f, f, model.in_channels), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
+PARAMS = random_params(MODEL)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    to_diffusers(MODEL, PARAMS, tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(e).view(np.uint8))
+
+
+def edit_config(directory, **changes):
+    config = json.loads((directory / CONFIG).read_text()) | changes
+    (directory / CONFIG).write_text(json.dumps(config))
+
+
+def edit_tensors(directory, edit):
+    tensors = load_file(directory / WEIGHTS)
+    tensors = edit(tensors) or tensors
+    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, directory / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MODEL,
+        AutoencoderKL(
+            in_channels=1,
+            out_channels=2,
+            block_out_channels=[4, 4, 8],
+            latent_channels=3,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+    ],
+    ids=["two levels", "three levels"],
+)
+def test_params_return_from_diffusers(model, tmp_path):
+    params = random_params(model)
+    to_diffusers(model, params, tmp_path / "made" / "vae")
+    found_model, found = from_diffusers(str(tmp_path / "made" / "vae"))
+    assert found_model == model
+    assert_same_bits(found, params)
+    assert sorted(path.name for path in (tmp_path / "made").rglob("*")) == [CONFIG, WEIGHTS, "vae"]
+
+
+def test_tensors_return_from_here(saved, tmp_path):
+    original = load_file(saved / WEIGHTS)
+    to_diffusers(*from_diffusers(saved), tmp_path / "again")
+    found = load_file(tmp_path / "again" / WEIGHTS)
+    assert found.keys() == original.keys() and len(found) == len(jax.tree.leaves(PARAMS))
+    assert_same_bits(found, original)
+    assert (tmp_path / "again" / CONFIG).read_bytes() == (saved / CONFIG).read_bytes()
+
+
+def test_kernels_are_transposed(saved):
+    tensors = load_file(saved / WEIGHTS)
+    conv = np.asarray(PARAMS["encoder"]["conv_in"]["kernel"])
+    assert conv.shape == (3, 3, 3, 4)
+    for out, into, row, column in np.ndindex(4, 3, 3, 3):
+        assert tensors["encoder.conv_in.weight"][out, into, row, column] == conv[row, column, into, out]
+    dense = np.asarray(PARAMS["decoder"]["mid_block"]["attentions_0"]["to_out_0"]["kernel"])
+    np.testing.assert_array_equal(tensors["decoder.mid_block.attentions.0.to_out.0.weight"], dense.T)
+
+
+def test_files_are_replaced_whole(saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            to_diffusers(MODEL, random_params(MODEL, 1), saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["vae"]
+    to_diffusers(MODEL, random_params(MODEL, 1), saved)
+    assert_same_bits(from_diffusers(saved)[1], random_params(MODEL, 1))
+
+
+def test_config_lacking_what_diffusers_lacked(saved):
+    keys = ("_class_name", "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels")
+    keys += ("layers_per_block", "norm_num_groups", "out_channels", "sample_size", "up_block_types")
+    config = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({key: config[key] for key in keys} | {"_diffusers_version": "0.4.2"}))
+    model, params = from_diffusers(saved)
+    assert model == MODEL.clone(scaling_factor=0.18215)
+    assert_same_bits(params, PARAMS)
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_old_names_of_attention(saved, rank):
+    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+
+    def edit(tensors):
+        renamed = {}
+        for name, tensor in tensors.items():
+            for new, former in old.items():
+                if f"attentions.0.{new}" in name:
+                    name = name.replace(new, former)
+                    tensor = tensor[..., None, None] if rank == 4 and tensor.ndim == 2 else tensor
+            renamed[name] = tensor
+        assert len(renamed.keys() - tensors.keys()) == 16
+        return renamed
+
+    edit_tensors(saved, edit)
+    assert_same_bits(from_diffusers(saved)[1], PARAMS)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_files_become_float32(saved, dtype):
+    edit_tensors(saved, lambda tensors: {name: t.astype(dtype) for name, t in tensors.items()})
+    _, params = from_diffusers(saved)
+    assert_same_bits(params, jax.tree.map(lambda p: jnp.asarray(np.asarray(p).astype(dtype), jnp.float32), PARAMS))
+
+
+def test_the_model_computes_in_the_dtype_asked_for(saved):
+    model, params = from_diffusers(saved, dtype="bfloat16")
+    assert model.dtype == jnp.bfloat16 and {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    with pytest.raises(ValueError, match="one of float32, bfloat16, got 'float16'"):
+        from_diffusers(saved, dtype="float16")
+
+
+def test_a_whole_pipeline(saved):
+    (saved.parent / "model_index.json").write_text("{}")
+    assert_same_bits(from_diffusers(saved.parent)[1], PARAMS)
+
+
+def test_missing_unexpected_and_reshaped_tensors_are_all_named(saved):
+    def edit(tensors):
+        tensors["decoder.extra.weight"] = np.zeros((2, 7), np.float32)
+        del tensors["quant_conv.bias"]
+        tensors["encoder.conv_in.weight"] = tensors["encoder.conv_in.weight"][:, :2]
+
+    edit_tensors(saved, edit)
+    with pytest.raises(ValueError, match="does not hold the tensors of the model") as caught:
+        from_diffusers(saved)
+    message = str(caught.value)
+    assert re.search(r"missing: \['quant_conv.bias \(8,\)'\]", message)
+    assert re.search(r"unexpected: \['decoder.extra.weight \(2, 7\)'\]", message)
+    assert "encoder.conv_in.weight: (4, 2, 3, 3), not (4, 3, 3, 3)" in message and str(saved / WEIGHTS) in message
+
+
+def test_a_tensor_under_both_names_is_unexpected(saved):
+    former = QUERY.replace("to_q", "query")
+    edit_tensors(saved, lambda tensors: tensors | {former: tensors[QUERY] + 1})
+    with pytest.raises(ValueError, match=rf"unexpected: \['{former} "):
+        from_diffusers(saved)
+
+
+def test_tensors_of_another_dtype(saved):
+    edit_tensors(saved, lambda tensors: tensors | {"quant_conv.bias": np.zeros(8, np.int32)})
+    with pytest.raises(ValueError, match=r"tensor quant_conv\.bias is of dtype I32; supported is F32, F16, BF16"):
+        from_diffusers(saved)
+
+
+def test_params_of_another_model_are_not_written(tmp_path):
+    params = dict(PARAMS)
+    params["quant"] = params.pop("quant_conv")
+    with pytest.raises(ValueError, match=r"not the model's.*\n.*missing: \['quant_conv/bias .*\n.*'quant/bias \(8,\)'"):
+        to_diffusers(MODEL, params, tmp_path / "vae")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights(saved, keep):
+    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:keep])
+    with pytest.raises(ValueError, match=f"{re.escape(str(saved / WEIGHTS))} is damaged"):
+        from_diffusers(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"act_fn": "si', "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"", "is not JSON"),
+        (b"[1]", "object, got"),
+    ],
+)
+def test_damaged_config(saved, content, message):
+    (saved / CONFIG).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(saved / CONFIG))} .*{message}"):
+        from_diffusers(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "supported"),
+    [
+        ("_class_name", "AsymmetricAutoencoderKL", "'AutoencoderKL'"),
+        ("act_fn", "gelu", "'silu' or 'swish'"),
+        ("mid_block_add_attention", False, "True"),
+        ("shift_factor", 0.0609, "None or 0"),
+        ("latents_mean", [0.0] * 4, "None"),
+        ("latents_std", [1.0] * 4, "None"),
+        ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], r"\['DownEncoderBlock2D', 'Down"),
+        ("up_block_types", ["UpDecoderBlock2D"], r"\['UpDecoderBlock2D', 'UpDecoderBlock2D'\], one for each"),
+        ("block_out_channels", [4, 0], "a list of counts"),
+        ("block_out_channels", [], "a list of counts"),
+        ("layers_per_block", [1, 1], "a positive whole number"),
+        ("latent_channels", True, "a positive whole number"),
+        ("scaling_factor", "0.18", "a positive number"),
+        ("use_quant_conv", None, "true or false"),
+        ("spatial_norm", 3, "nothing of that name"),
+    ],
+)
+def test_configs_of_other_models(saved, key, value, supported):
+    edit_config(saved, **{key: value})
+    with pytest.raises(ValueError, match=rf"config\.json: {key} is {re.escape(repr(value))}; supported is {supported}"):
+        from_diffusers(saved)
+
+
+def test_groups_that_do_not_divide(saved):
+    edit_config(saved, norm_num_groups=3)
+    with pytest.raises(ValueError, match=r"config\.json: norm_num_groups must divide .* got 3 and \(4, 8\)"):
+        from_diffusers(saved)
+
+
+def test_pickles_are_not_read(saved):
+    (saved / WEIGHTS).rename(saved / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors, .* from safetensors only"):
+        from_diffusers(saved)
+
+
+def test_directories_that_are_not_there(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"there is no directory {tmp_path}/none"):
+        from_diffusers(tmp_path / "none")
+    (saved / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json, only \['diffusion"):
+        from_diffusers(saved)
+    (tmp_path / "model_index.json").write_text("{}")
+    saved.rename(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"vae holds no config\.json, only no such directory"):
+        from_diffusers(tmp_path)
+
+
+def test_the_hub_is_asked_for_two_files(saved, monkeypatch):
+    def snapshot_download(repository, *, allow_patterns):
+        assert repository == "stabilityai/sd-vae-ft-ema"
+        assert {CONFIG, WEIGHTS, f"vae/{WEIGHTS}"} < set(allow_patterns) and "*" not in "".join(allow_patterns)
+        return str(saved)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert_same_bits(from_diffusers("stabilityai/sd-vae-ft-ema")[1], PARAMS)
+
+
+def test_without_the_hub(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    with pytest.raises(FileNotFoundError, match=r"ConnectionError: offline.*or download config\.json"):
+        from_diffusers("stabilityai/sd-vae-ft-mse")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"`pip install diffussm_jax\[hub\]`, or download config\.json"):
+        from_diffusers("stabilityai/sd-vae-ft-mse")
+
+
+def test_hash_is_what_it_says():
+    params = {"b": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "a": jnp.ones(2, jnp.bfloat16)}
+    expected = hashlib.sha256()
+    expected.update(b"a [2] bfloat16\n" + struct.pack("<2f", 1, 1))
+    expected.update(b"b/kernel [2, 3] float32\n" + struct.pack("<6f", *range(6)))
+    assert weights_hash(params) == expected.hexdigest()
+
+
+def test_hash_tells_weights_apart_and_not_places(saved):
+    digest = weights_hash(PARAMS)
+    assert weights_hash(jax.tree.map(np.asarray, PARAMS)) == digest == weights_hash(from_diffusers(saved)[1])
+    reordered = {key: PARAMS[key] for key in reversed(PARAMS)}
+    assert weights_hash(reordered) == digest
+    conv = PARAMS["quant_conv"]
+    nudged = conv["bias"].at[0].set(jnp.nextafter(conv["bias"][0], jnp.inf))
+    others = [
+        PARAMS | {"quant_conv": conv | {"bias": nudged}},
+        PARAMS | {"quant_conv": conv | {"bias": conv["bias"].reshape(2, 4)}},
+        {("other" if key == "quant_conv" else key): value for key, value in PARAMS.items()},
+    ]
+    assert len({digest, *map(weights_hash, others)}) == 4
+
+
+def test_only_safetensors_is_needed_to_import():
+    """The hub's client is optional: only `from_diffusers` on a repository may import it."""
+    code = "import sys; sys.modules['huggingface_hub'] = sys.modules['torch'] = None; import diffussm_jax.autoencoder"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_encoders_hash_knows_nothing_of_the_decoder():
+    digest = encoder_hash(PARAMS)
+    assert digest != weights_hash(PARAMS)
+    for name in PARAMS:
+        other = PARAMS | {name: jax.tree.map(lambda leaf: leaf + 1, PARAMS[name])}
+        assert (encoder_hash(other) == digest) == (name in ("decoder", "post_quant_conv")), name
