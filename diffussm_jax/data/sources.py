@@ -1,19 +1,101 @@
-"""Sources of images. A source has a length, and item i is (image [H, W, C] uint8, label int)."""
+"""Sources of images: random access to decoded images and their labels, in an order that never changes.
 
-from typing import Protocol
+    digits                           scikit-learn's handwritten digits
+    a folder, a .zip or a .tar       [split/]class/name.jpg, or images without classes; ImageNet's tar of tars
+    a folder with data.mdb           LSUN's LMDB
+    a folder with dataset_info.json  a TensorFlow Datasets (TFDS) data set; tfds:NAME for one in TFDS's own folder
+
+`open_source` finds which.
+"""
+
+import functools
+import os
+from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
+
+from diffussm_jax.data.images import (
+    BrokenImage,
+    Example,
+    ImageFolder,
+    ImageTar,
+    ImageZip,
+    decode_image,
+    fingerprint,
+)
+
+__all__ = [
+    "DIGITS_SPLITS",
+    "LSUN",
+    "TFDS",
+    "BrokenImage",
+    "Digits",
+    "Example",
+    "ImageFolder",
+    "ImageTar",
+    "ImageZip",
+    "Source",
+    "open_source",
+]
 
 DIGITS_SPLITS = ("train", "eval")
 HOLD_OUT_EVERY = 10
+_COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class Source(Protocol):
-    """What a loader reads from: random access to images and their labels."""
+    """What training reads images from: random access to images and their labels, from any number of threads.
+
+    `class_names` is empty where there are no labels. `description` says what it is in a few words, without absolute
+    paths. `fingerprint()`, sha256 in hex, changes when the items do, so that a job that resumes can tell. An item that
+    cannot be read or decoded raises `BrokenImage`.
+    """
+
+    class_names: tuple[str, ...]
+    description: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+    def fingerprint(self) -> str: ...
+
+
+def open_source(spec: str, split: str = "") -> Source:
+    """Opens whatever `spec` names.
+
+    Args:
+      spec: "digits", "tfds:NAME", or a path, local or remote: a folder of images, of an LMDB, or of a TFDS data set, a
+        .zip or a .tar.
+      split: "train", ...: a top-level folder, or what TFDS understands; "" for everything.
+
+    Raises:
+      FileNotFoundError: there is nothing at the path.
+      ValueError: it is none of these, is damaged, or holds no images in this split.
+    """
+    if spec == "digits":
+        return Digits(split)
+    if spec.startswith("tfds:"):
+        return TFDS(spec.removeprefix("tfds:"), split)
+    path, name = epath.Path(spec), spec.rstrip("/").lower()
+    allowed = (
+        'allowed are "digits", "tfds:NAME", a folder of images, of an LSUN LMDB (data.mdb) or of a TFDS data set '
+        "(dataset_info.json), a .zip and a .tar"
+    )
+    if not spec or not path.exists():
+        raise FileNotFoundError(f"no data at {spec!r}; {allowed}")
+    if path.is_dir():
+        if (path / "data.mdb").exists():
+            if split:
+                raise ValueError(f"{spec}: an LSUN folder is one split; leave the split empty, not {split!r}")
+            return LSUN(path)
+        return TFDS(path, split) if (path / "dataset_info.json").exists() else ImageFolder(path, split)
+    if name.endswith(".zip"):
+        return ImageZip(path, split)
+    if name.endswith((".tar", *_COMPRESSED_TARS)):  # ImageTar says what to do with a compressed one
+        return ImageTar(path, split)
+    raise ValueError(f"{spec} is no source of images; {allowed}")
 
 
 class Digits:
@@ -26,6 +108,8 @@ class Digits:
       ValueError: the split is unknown.
     """
 
+    class_names = tuple("0123456789")
+
     def __init__(self, split: str):
         from sklearn.datasets import load_digits
 
@@ -36,9 +120,178 @@ class Digits:
         chosen = is_held_out if split == "eval" else ~is_held_out
         self._images = np.round(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         self._labels = labels[chosen]
+        self.description = f"digits, split {split}"
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self._images[index], int(self._labels[index])
+    def __getitem__(self, index: int) -> Example:
+        return Example(self._images[index], int(self._labels[index]), str(index))
+
+    def fingerprint(self) -> str:
+        return fingerprint([self._images.tobytes(), self._labels.tolist()])
+
+
+class LSUN:
+    """One of LSUN's LMDB folders (church_outdoor_train_lmdb, ...): images without labels, in LMDB's order of keys.
+
+    Args:
+      path: the local folder that holds data.mdb.
+
+    Raises:
+      FileNotFoundError: no data.mdb there.
+      ValueError: the package lmdb is missing, or the data base is empty, damaged or cut short.
+    """
+
+    class_names = ()
+
+    def __init__(self, path: epath.PathLike):
+        path = epath.Path(path)
+        if not (path / "data.mdb").exists():
+            raise FileNotFoundError(f"no data.mdb in {path}")
+        self.description = f"lsun {path.name}"
+        self._environment = _open_lmdb(os.path.realpath(path))
+        with self._environment.begin() as transaction:
+            self._keys = list(transaction.cursor().iternext(keys=True, values=False))
+        if not self._keys:
+            raise ValueError(f"no images in {path}")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Example:
+        key = self._keys[index].decode("ascii", "backslashreplace")
+        try:
+            with self._environment.begin() as transaction:
+                data = transaction.get(self._keys[index])
+        except Exception as error:
+            raise BrokenImage(key, f"cannot be read: {type(error).__name__}: {error}") from error
+        return Example(decode_image(data, key), 0, key)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self._keys)
+
+
+@functools.cache  # LMDB refuses to open one folder twice in a process
+def _open_lmdb(path: str) -> Any:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError(f"reading {path} needs lmdb: pip install 'diffussm_jax[lsun]'") from error
+    try:
+        environment = lmdb.open(path, readonly=True, lock=False, readahead=False, create=False)
+        num_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    except lmdb.Error as error:
+        raise ValueError(f"{path} is not an LMDB folder, or is damaged: {error}") from error
+    # Reading a mapped file beyond its end would kill the process.
+    if os.path.getsize(os.path.join(path, "data.mdb")) < num_bytes:
+        environment.close()
+        raise ValueError(f"{path}/data.mdb is cut short: it should have {num_bytes:,} bytes")
+    return environment
+
+
+class TFDS:
+    """A TensorFlow Datasets data set that was prepared as array_record; reading it takes no TensorFlow.
+
+    The image is the Image feature, or a uint8 Tensor of 1 or 3 channels; the label is the ClassLabel feature, if there
+    is one. Where there are several, the ones named "image" and "label" are taken.
+
+    Args:
+      name_or_dir: TFDS's name ("imagenet2012:5.1.0"), or the folder that holds dataset_info.json.
+      split: in TFDS's words ("train", "train[:90%]"); "" for all.
+      data_dir: where TFDS keeps its data sets; None for its default.
+
+    Raises:
+      ValueError: TFDS is missing; the data set is unknown, not prepared, or has no such features or split.
+    """
+
+    def __init__(self, name_or_dir: epath.PathLike, split: str = "", data_dir: epath.PathLike | None = None):
+        builder = _open_tfds(os.fspath(name_or_dir), data_dir)
+        import tensorflow_datasets as tfds
+
+        info = builder.info
+        split = split or "+".join(sorted(info.splits))
+        self.description = f"tfds {info.full_name}, split {split}"
+        self._image, self._label = _find_features(info)
+        is_encoded = isinstance(info.features[self._image], tfds.features.Image)
+        decoders = {self._image: tfds.decode.SkipDecoding()} if is_encoded else None  # `decode_image` takes more
+        try:
+            self._records = builder.as_data_source(split=split, decoders=decoders)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"tfds {info.full_name}: {error}; its splits are {', '.join(info.splits)}") from error
+        if not len(self._records):
+            raise ValueError(f"no images in {self.description}")
+        self.class_names = tuple(info.features[self._label].names) if self._label else ()
+        lengths = {name: info.splits[name].shard_lengths for name in sorted(info.splits)}
+        self._identity = (info.full_name, split, len(self._records), lengths)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        key = str(index)
+        try:
+            record = self._records[index]
+        except Exception as error:  # protobuf's, array_record's, ...
+            raise BrokenImage(key, f"cannot be read: {type(error).__name__}: {error}") from error
+        image = record[self._image]
+        image = decode_image(image, key) if isinstance(image, bytes) else np.asarray(image, np.uint8)
+        return Example(image, int(record[self._label]) if self._label else 0, key)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self._identity)
+
+
+def _open_tfds(name_or_dir: str, data_dir: epath.PathLike | None) -> Any:
+    """TFDS's builder of a data set that is there as array_record."""
+    try:
+        import array_record  # noqa: F401 - what TFDS reads with
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        packages = "tensorflow-datasets array_record importlib_resources"
+        raise ValueError(f"reading {name_or_dir} from TFDS: {error}: pip install {packages}") from error
+    where = "" if data_dir is None else f", data_dir={os.fspath(data_dir)!r}"
+    prepare = (
+        "pip install 'diffussm_jax[prepare]', then python -c \"import tensorflow_datasets as tfds; "
+        f"tfds.builder({name_or_dir!r}, file_format='array_record'{where}).download_and_prepare()\""
+    )
+    try:
+        if (epath.Path(name_or_dir) / "dataset_info.json").exists():
+            builder = tfds.builder_from_directory(name_or_dir)
+        else:
+            builder = tfds.builder(name_or_dir, data_dir=data_dir, file_format="array_record")
+        if not builder.info.splits:
+            raise ValueError("it has no data yet")
+        if "array_record" not in {str(f.value) for f in builder.info.available_file_formats()}:
+            raise ValueError(f"it is in the format {builder.info.file_format.value}")
+    except tfds.core.DatasetNotFoundError as error:  # whose message lists every data set there is
+        raise ValueError(f"TFDS knows no data set {name_or_dir!r}, and none is prepared{where}") from error
+    except Exception as error:  # ValueError, ParseError, AttributeError, ...: whatever is wrong with what is there
+        raise ValueError(
+            f"tfds {name_or_dir} is not prepared as array_record ({error}); to do so: {prepare}"
+        ) from error
+
+    return builder
+
+
+def _find_features(info: Any) -> tuple[str, str | None]:
+    """The names of the image feature and of the label, if there is one."""
+    import tensorflow_datasets as tfds
+
+    features = dict(info.features)
+
+    def choose(what: str, found: list[str]) -> str | None:
+        if len(found) > 1 and what not in found:
+            raise ValueError(f"tfds {info.full_name} has several features that could be the {what}: {features}")
+        return what if what in found else found[0] if found else None
+
+    def is_pixels(feature: Any) -> bool:
+        is_uint8 = type(feature) is tfds.features.Tensor and feature.np_dtype == np.uint8
+        return is_uint8 and len(feature.shape) == 3 and feature.shape[-1] in (1, 3)
+
+    # Of float32, TFDS's Image is the bits of one float in RGBA.
+    images = [n for n, f in features.items() if isinstance(f, tfds.features.Image) and f.np_dtype != np.float32]
+    image = choose("image", images or [name for name, feature in features.items() if is_pixels(feature)])
+    if image is None:
+        raise ValueError(f"tfds {info.full_name} has no image among its features: {features}")
+    return image, choose("label", [n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)])

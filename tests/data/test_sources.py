@@ -1,0 +1,391 @@
+"""Every kind of source gives the same images, labels and keys, in one order, and says what is wrong with bad ones."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffussm_jax.data import images
+from diffussm_jax.data.sources import (
+    LSUN,
+    TFDS,
+    BrokenImage,
+    Digits,
+    ImageFolder,
+    ImageTar,
+    ImageZip,
+    open_source,
+)
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def encode(color, size=(4, 3), form="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, form, **({"lossless": True} if form == "WEBP" else {}))
+    return file.getvalue()
+
+
+FILES = {
+    "train/cat/2.png": encode((2, 0, 0)),
+    "train/cat/10.PNG": encode((10, 0, 0)),
+    "train/ant/1.jpg": encode((1, 0, 0)),  # a PNG, whatever it is called
+    "test/cat/3.webp": encode((3, 0, 0), form="WEBP"),
+    "train/cat/notes.txt": b"not an image",
+    "train/cat/.hidden.png": encode((99, 0, 0)),
+    "__MACOSX/train/cat/2.png": encode((99, 0, 0)),
+    "train/cat/._2.png": b"a resource fork",
+}
+
+
+def write_folder(path, files):
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def tar_bytes(files):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def write_tar(path, files):
+    path.write_bytes(tar_bytes({f"./{name}": data for name, data in files.items()}))
+    return path
+
+
+KINDS = {"folder": write_folder, "zip": write_zip, "tar": write_tar}
+
+
+@pytest.fixture(params=KINDS)
+def write(request, tmp_path):
+    """Writes files, given by name, as a folder, a zip or a tar, and returns its path."""
+    kind = request.param
+    name = {"folder": "data", "zip": "data.ZIP", "tar": "data.tar"}[kind]
+    return lambda files: str(KINDS[kind](tmp_path / name, files))
+
+
+def test_labels_are_the_folders_that_hold_the_images(write):
+    files = dict(reversed(FILES.items()))  # the order in which they lie must not count
+    source = open_source(write(files), "train")
+    assert source.class_names == ("ant", "cat")
+    items = [(e.key, e.label, e.image.shape, e.image[0, 0, 0]) for e in map(source.__getitem__, range(len(source)))]
+    assert items == [
+        ("train/ant/1.jpg", 0, (3, 4, 3), 1),
+        ("train/cat/10.PNG", 1, (3, 4, 3), 10),
+        ("train/cat/2.png", 1, (3, 4, 3), 2),
+    ]
+    assert "split train" in source.description and os.sep not in source.description
+
+
+def test_no_split_takes_everything_and_merges_classes(write):
+    source = open_source(write(FILES))
+    assert (source[0].key, source[0].label) == ("test/cat/3.webp", 1)
+    assert (len(source), source.class_names) == (4, ("ant", "cat"))
+
+
+def test_images_without_class_folders_have_no_labels(write):
+    path = write({"train/b.png": FILES["train/cat/2.png"], "train/a.png": FILES["train/ant/1.jpg"]})
+    source = open_source(path, "train")
+    assert (source.class_names, source[1].label, source[1].key) == ((), 0, "train/b.png")
+    assert open_source(path).class_names == ("train",)
+
+
+def test_a_class_is_the_last_folder_of_a_deep_path(write):
+    source = open_source(write({"train/animals/cat/a/1.png": encode("red"), "train/2/b/1.png": encode("red")}), "train")
+    assert source.class_names == ("a", "b")
+
+
+def test_an_image_beside_the_class_folders_is_refused(write):
+    with pytest.raises(ValueError, match="stray.png is in no class folder"):
+        open_source(write(FILES | {"train/stray.png": encode("red")}), "train")
+
+
+def test_an_unknown_split_and_an_empty_source_are_refused(write):
+    path = write(FILES)
+    with pytest.raises(ValueError, match=r"no images in .*data.*'tra'.*folders with images: test, train"):
+        open_source(path, "tra")
+    with pytest.raises(ValueError, match=r"no images in .*split 'none'"):
+        open_source(path, "none")
+
+
+def test_the_fingerprint_says_that_items_changed(tmp_path):
+    for kind, write_kind in KINDS.items():
+        suffix = "" if kind == "folder" else f".{kind}"
+        sources = [
+            open_source(str(write_kind(tmp_path / f"{i}{suffix}", files)), "train")
+            for i, files in enumerate(
+                [
+                    FILES,
+                    dict(reversed(FILES.items())),
+                    FILES | {"train/cat/2.png": encode((2, 0, 0), (9, 9))},
+                    FILES | {"train/cat/5.png": encode((2, 0, 0))},
+                ]
+            )
+        ]
+        a, same, resized, more = (source.fingerprint() for source in sources)
+        assert len(a) == 64 and a == same and len({a, resized, more}) == 3
+
+
+def test_many_threads_read_one_source(write):
+    files = {f"{i % 3}/{i:03d}.png": encode((i, i // 2, 0), (20, 20)) for i in range(200)}
+    source = open_source(write(files))
+    with ThreadPoolExecutor(16) as pool:
+        for i, example in enumerate(pool.map(source.__getitem__, list(range(200)) * 3)):
+            number = int(Path(source._keys[i % 200]).stem)
+            assert (example.image == (number, number // 2, 0)).all() and example.label == number % 3
+
+
+def test_a_folder_follows_links_but_not_in_circles(tmp_path):
+    write_folder(tmp_path / "elsewhere", {"1.png": encode("red")})
+    folder = write_folder(tmp_path / "data", {"a/1.png": encode("red")})
+    (folder / "b").symlink_to(tmp_path / "elsewhere")
+    (folder / "a" / "again").symlink_to(folder)
+    assert ImageFolder(folder)._keys == ["a/1.png", "b/1.png"]
+
+
+def test_a_remote_folder_is_walked_by_its_scheme(monkeypatch):
+    """Neither a `gs://` in the walked folders nor its absence (fsspec's) changes the keys."""
+    from etils import epath
+
+    for walked in ("gs://bucket/data", "bucket/data"):
+        tree = [(walked, ["cat"], []), (f"{walked}/cat", [], ["1.png"])]
+        monkeypatch.setattr(type(epath.Path("gs://bucket/data")), "walk", lambda self, tree=tree: iter(tree))
+        assert list(images._walk(epath.Path("gs://bucket/data"))) == ["cat/1.png"]
+
+
+def test_imagenets_tar_of_tars(tmp_path):
+    inner = {f"n0{k}": tar_bytes({f"n0{k}_{i}.JPEG": encode((k, i, 0)) for i in range(3)}) for k in (2, 1)}
+    (tmp_path / "train.tar").write_bytes(tar_bytes({f"{name}.tar": data for name, data in inner.items()}))
+    source = ImageTar(tmp_path / "train.tar")
+    assert source.class_names == ("n01", "n02")
+    assert [source[i].key for i in (0, 5)] == ["n01/n01_0.JPEG", "n02/n02_2.JPEG"]
+    assert (source[4].image == (2, 1, 0)).all() and source[4].label == 1
+
+
+@pytest.mark.parametrize("cut", [0, 3, 100, 511, 512, 700, 1024, 2048, 5000, -1])
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar of tars"])
+def test_a_cut_archive_is_refused_by_name(tmp_path, kind, cut):
+    files = {f"a/{i}.png": os.urandom(1000) for i in range(5)}
+    if kind == "zip":
+        data = write_zip(tmp_path / "x", files).read_bytes()
+    else:
+        data = tar_bytes(files if kind == "tar" else {"a.tar": tar_bytes(files), "b.tar": tar_bytes(files)})
+        data = data.rstrip(b"\0") if cut == -1 else data
+    path = tmp_path / f"data.{kind[:3]}"
+    path.write_bytes(data[:cut])
+    with pytest.raises(ValueError, match=rf"data\.{kind[:3]} is not a .* file, or is damaged or cut short"):
+        open_source(str(path))
+
+
+def test_a_damaged_tar_is_not_taken_for_a_shorter_one(tmp_path):
+    data = bytearray(tar_bytes({f"a/{i}.png": bytes(600) for i in range(5)}))
+    data[2 * 1536] ^= 0xFF  # in the third header
+    (tmp_path / "data.tar").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged.*neither a header nor the end mark at byte 3,072"):
+        ImageTar(tmp_path / "data.tar")
+
+
+def test_a_compressed_tar_is_to_be_unpacked(tmp_path):
+    for suffix in ("gz", "bz2", "xz"):
+        path = tmp_path / f"data.tar.{suffix}"
+        with tarfile.open(path, f"w:{suffix}") as archive:
+            archive.addfile(tarfile.TarInfo("a.png"))
+        with pytest.raises(ValueError, match=rf"data\.tar\.{suffix} is compressed \(.*unpack it"):
+            open_source(str(path))
+
+
+def test_a_damaged_member_of_an_archive_is_a_broken_image(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "data.zip", {"a/1.png": os.urandom(5000), "a/2.png": encode("red")})
+    data = bytearray(path.read_bytes())
+    data[2000] ^= 0xFF
+    path.write_bytes(data)
+    source = ImageZip(path)
+    with pytest.raises(BrokenImage, match=r"a/1.png: cannot be read: .*CRC-32"):
+        source[0]
+    assert source[1].key == "a/2.png"
+    monkeypatch.setattr(images, "MAX_ENCODED_BYTES", 10)
+    with pytest.raises(BrokenImage, match="a/2.png: .*more than 10"):
+        source[1]
+    monkeypatch.undo()
+    path.unlink()
+    with pytest.raises(BrokenImage, match="a/2.png: .*No such file"):
+        source[1]
+
+
+def test_what_is_no_source_is_refused_with_the_choices(tmp_path):
+    (tmp_path / "data.npz").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no data at '/nowhere/x.zip'; allowed are .*tfds:NAME.*\.zip"):
+        open_source("/nowhere/x.zip")
+    with pytest.raises(FileNotFoundError, match="no data at ''"):
+        open_source("")
+    with pytest.raises(ValueError, match=r"data.npz is no source of images; allowed are"):
+        open_source(str(tmp_path / "data.npz"))
+    with pytest.raises(ValueError, match=r"no images in .*empty"):
+        open_source(str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        ImageFolder(tmp_path / "data.npz")
+
+
+def test_digits_are_a_source():
+    source = open_source("digits", "eval")
+    assert isinstance(source, Digits) and len(source) == 179
+    image, label, key = source[5]
+    assert (image.shape, image.dtype, key, source.class_names[label]) == ((8, 8, 1), np.uint8, "5", str(label))
+    assert source.fingerprint() != Digits("train").fingerprint()
+
+
+@pytest.fixture
+def lsun(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    folder = tmp_path / "church_outdoor_train_lmdb"
+    with lmdb.open(str(folder)) as environment, environment.begin(write=True) as transaction:
+        for i in range(40):
+            transaction.put(b"%040x" % (1 << i), encode((i, 0, 0), (5, 6), "WEBP"))
+        transaction.put(b"%040x" % (1 << 40), b"not WebP")
+    return folder
+
+
+def test_lsun_is_read_from_its_lmdb(lsun):
+    source, again = open_source(str(lsun)), LSUN(lsun)  # LMDB itself refuses to open one folder twice
+    assert (len(source), source.class_names) == (41, ())
+    with ThreadPoolExecutor(8) as pool:
+        for i, example in enumerate(pool.map(source.__getitem__, range(40))):
+            assert (example.label, example.key, example.image.shape) == (0, f"{1 << i:040x}", (6, 5, 3))
+            assert (example.image == (i, 0, 0)).all()
+    with pytest.raises(BrokenImage, match=f"{1 << 40:040x}: not an image"):
+        again[40]
+    assert source.description == "lsun church_outdoor_train_lmdb" and source.fingerprint() == again.fingerprint()
+    with pytest.raises(ValueError, match="leave the split empty"):
+        open_source(str(lsun), "train")
+
+
+@pytest.mark.parametrize("size", [0, 100, 10_000])
+def test_a_damaged_lmdb_is_refused(lsun, size):
+    data = (lsun / "data.mdb").read_bytes()
+    (lsun / "data.mdb").write_bytes(data[:size])
+    with pytest.raises(ValueError, match="church_outdoor_train_lmdb.*(damaged|cut short|no images)"):
+        LSUN(lsun)
+
+
+def write_tfds(data_dir, name, features, examples):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features(tfds.features)))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(examples), "test": self._generate_examples(examples[:2])}
+
+        def _generate_examples(self, examples):
+            yield from enumerate(examples)
+
+    Builder.name = name
+    tfds.disable_progress_bar()
+    builder = Builder(data_dir=str(data_dir), file_format="array_record")
+    builder.download_and_prepare()
+    return Path(builder.data_path)
+
+
+def test_tfds_is_read_without_tensorflow(tmp_path):
+    path = write_tfds(
+        tmp_path,
+        "tiny",
+        lambda f: {"image": f.Image(), "label": f.ClassLabel(names=["cat", "dog"]), "name": f.Text()},
+        [{"image": io.BytesIO(encode((i, 0, 0))), "label": i % 2, "name": str(i)} for i in range(7)],
+    )
+    source, folder = TFDS("tiny", "train", tmp_path), open_source(str(path), "train[:3]")
+    assert (len(source), len(folder), source.class_names) == (7, 3, ("cat", "dog"))
+    with ThreadPoolExecutor(8) as pool:
+        found = {int(e.image[0, 0, 0]): e.label for e in pool.map(source.__getitem__, range(7))}
+    assert found == {i: i % 2 for i in range(7)} and source[6].image.shape == (3, 4, 3) and source[6].key == "6"
+    assert source.description == "tfds tiny/1.0.0, split train"
+    assert len({source.fingerprint(), folder.fingerprint(), open_source(str(path), "test").fingerprint()}) == 3
+    assert len(open_source(str(path))) == 9
+    with pytest.raises(ValueError, match="tfds tiny/1.0.0: Unknown split 'val'.*its splits are"):
+        open_source(str(path), "val")
+    program = (
+        "import sys; from diffussm_jax.data.sources import open_source; "
+        "print(open_source(sys.argv[1], 'train')[0].image.shape, 'tensorflow' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "(3, 4, 3) False"
+
+
+def test_tfds_pixels_may_be_a_tensor(tmp_path):
+    path = write_tfds(
+        tmp_path,
+        "pixels",
+        lambda f: {"x": f.Tensor(shape=(2, 2, 1), dtype=np.uint8), "z": f.Scalar(np.int64)},
+        [{"x": np.full((2, 2, 1), i, np.uint8), "z": 5} for i in range(3)],
+    )
+    source = open_source(str(path), "train")
+    assert source.class_names == () and sorted(int(source[i].image.max()) for i in range(3)) == [0, 1, 2]
+    assert source[0].image.shape == (2, 2, 1) and source[0].label == 0
+
+
+def test_tfds_says_what_it_lacks(tmp_path):
+    path = write_tfds(tmp_path, "text", lambda f: {"text": f.Text()}, [{"text": "a"}, {"text": "b"}])
+    with pytest.raises(ValueError, match="tfds text/1.0.0 has no image among its features: .*'text'"):
+        open_source(str(path), "train")
+    with pytest.raises(ValueError, match="knows no data set 'no_such_data'") as error:
+        TFDS("no_such_data", "train", tmp_path)
+    assert len(str(error.value)) < 500
+    with pytest.raises(ValueError, match=r"not prepared as array_record .*diffussm_jax\[prepare\].*array_record"):
+        TFDS("cifar10", "train", tmp_path)
+    info = path / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match=r"not prepared as array_record .*tfrecord.*diffussm_jax\[prepare\]"):
+        open_source(str(path), "train")
+    info.write_text("{ nonsense")
+    with pytest.raises(ValueError, match="not prepared as array_record .*JSON"):
+        open_source(str(path), "train")
+
+
+def shared(name):
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is absent")
+    return str(SHARED / name)
+
+
+def test_cifar10_as_a_zip():
+    train, test = open_source(shared("cifar10_jpg.zip"), "train"), open_source(shared("cifar10_jpg.zip"), "test")
+    assert (len(train), len(test)) == (25_000, 5_000)
+    assert train.class_names == test.class_names and len(train.class_names) == 10
+    assert (train[0].key, train[24_999].key) == ("train/airplane/0000.jpg", "train/truck/2499.jpg")
+    assert (train[24_999].label, test[500].label, train.class_names[9]) == (9, 1, "truck")
+    assert all(train[i].image.shape == (32, 32, 3) and train[i].image.dtype == np.uint8 for i in range(0, 25_000, 999))
+    assert train.description == "zip cifar10_jpg.zip, split train"
+
+
+def test_imagenet_as_a_zip():
+    source = open_source(shared("imagenet_sample_256.zip"), "train")
+    assert len(source) == len(source.class_names) == 250
+    assert source[0].key == "train/n01440764/n01440764_tench.JPEG"
+    assert all(source[i].image.shape == (256, 256, 3) and source[i].label == i for i in range(0, 250, 7))
