@@ -1,15 +1,24 @@
-"""Measures the speed of the SSM's methods side by side, in one run on this machine.
+"""Measures speed on this machine: the SSM's methods side by side in one run, the reading of latents, the VAE.
 
     python -m diffussm_jax.bench ssm
     python -m diffussm_jax.bench ssm --shapes=4x1024x384x64,2x4096x384x64 --methods=fft,chunked,fft_naive
+    python -m diffussm_jax.bench loader --data=latents/imagenet256
+    python -m diffussm_jax.bench vae --image_sizes=256,512,1024
 
-Each shape is B x L x D x N. Times are of the bidirectional SSM, jitted: the forward pass, and the forward pass with
-the gradients of the input and of every parameter. The repetitions of all methods take turns, so that a slow moment of
-the machine falls on all of them; the median counts. `fft_naive` is the yardstick that public code uses: an FFT for
-each direction, with the kernel summed from the full [D, N/2, L] Vandermonde array.
+ssm: each shape is B x L x D x N. Times are of the bidirectional SSM, jitted: the forward pass, and the forward pass
+with the gradients of the input and of every parameter. The repetitions of all methods take turns, so that a slow
+moment of the machine falls on all of them; the median counts. `fft_naive` is the yardstick that public code uses: an
+FFT for each direction, with the kernel summed from the full [D, N/2, L] Vandermonde array.
+
+loader: records a second of a data set that precompute wrote, read in training's shuffled order into batches, once
+they are in the system's file cache. `taskset -c 0` before the command holds it to one core.
+
+vae: encoding and decoding one image by the full-size autoencoder (random weights), whole and, where the image is larger
+than one, by tiles of 512 pixels; seconds, and the memory that XLA plans for: parameters, in- and outputs, temporaries.
 """
 
 import csv
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,14 +28,31 @@ import jax.numpy as jnp
 from absl import flags
 
 from diffussm_jax import cli
+from diffussm_jax.autoencoder import AutoencoderKL, init_params, tiled_decode, tiled_encode
+from diffussm_jax.data.latents import Latents
+from diffussm_jax.data.loader import Loader
 from diffussm_jax.ssm import METHODS, SSMParams, init_s4d, ssm_apply_bidirectional, to_complex, zoh
 
-_SHAPES = flags.DEFINE_list("shapes", ["4x256x384x64", "4x1024x384x64"], "Shapes B x L x D x N, with x between.")
-_METHODS = flags.DEFINE_list(
-    "methods", ["fft_naive", "fft", "chunked", "associative", "recurrent"], "Methods to time; ratios are to the first."
+_FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["4x256x384x64", "4x1024x384x64"], "Shapes B x L x D x N, with x between.", flag_values=_FLAGS
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions, after one that is not.", lower_bound=1)
-_CSV = flags.DEFINE_string("csv", None, "A file to write the figures to, too.")
+_METHODS = flags.DEFINE_list(
+    "methods",
+    ["fft_naive", "fft", "chunked", "associative", "recurrent"],
+    "Methods to time; ratios are to the first.",
+    flag_values=_FLAGS,
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Timed repetitions, after one that is not.", lower_bound=1, flag_values=_FLAGS
+)
+_IMAGE_SIZES = flags.DEFINE_list("image_sizes", ["256", "512"], "vae: pixels.", flag_values=_FLAGS)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "vae: of its layers.", flag_values=_FLAGS)
+_DATA = flags.DEFINE_string("data", None, "loader: a folder of latents.", flag_values=_FLAGS)
+_SPLIT = flags.DEFINE_string("split", "train", "loader: its split.", flag_values=_FLAGS)
+_NUM_THREADS = flags.DEFINE_integer("num_threads", 4, "loader: threads.", lower_bound=1, flag_values=_FLAGS)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "loader: records of a batch.", lower_bound=1, flag_values=_FLAGS)
+_CSV = flags.DEFINE_string("csv", None, "A file to write the figures to, too.", flag_values=_FLAGS)
 
 NAIVE = "fft_naive"
 _COLUMNS = ("B", "L", "D", "N", "method", "forward_ms", "gradient_ms", "speedup_forward", "speedup_gradient")
@@ -134,10 +160,85 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
     return tuple(int(part) for part in parts)
 
 
+def bench_loader(folder: str, split: str, *, batch_size: int = 256, num_threads: int = 4) -> float:
+    """Records a second that a `Loader` reads, over a pass (at most 20,000 records) after one that warms the cache."""
+    records = Latents(folder, split)
+    batches = Loader(records, batch_size, 0, num_threads=num_threads).iterate(0)
+    num_batches = max(1, min(len(records), 20_000) // batch_size)
+    for _ in range(num_batches):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(num_batches):
+        next(batches)
+    return num_batches * batch_size / (time.perf_counter() - start)
+
+
+def bench_vae(image_size: int, *, dtype: str = "float32", is_tiled: bool = False, repeats: int = 3) -> dict:
+    """Times the full-size autoencoder of Stable Diffusion on one image, and reads how much memory XLA plans for.
+
+    Args:
+      image_size: pixels, a multiple of 8.
+      dtype: of its layers.
+      is_tiled: by tiles of 512 pixels; else whole.
+      repeats: timed repetitions; the median counts.
+
+    Returns:
+      encode_s, decode_s, encode_mb, decode_mb. Tiled, the memory is that of a tile's program, the image and the output.
+    """
+    model = AutoencoderKL(dtype=jnp.dtype(dtype))
+    params = init_params(model, 0)
+    image = jax.random.uniform(jax.random.key(1), (1, image_size, image_size, 3), minval=-1)
+    latents = jax.random.normal(jax.random.key(2), (1, image_size // 8, image_size // 8, 4))
+    figures = {}
+    for method, x, tiled, tile in (
+        ("encode", image, tiled_encode, 512),
+        ("decode", latents, tiled_decode, 512 // model.downsampling),
+    ):
+        part = x[:, :tile, :tile] if is_tiled else x
+        whole = jax.jit(lambda params, x, method=method: model.apply({"params": params}, x, method=method))
+        compiled = whole.lower(params, part).compile()
+        memory = compiled.memory_analysis()
+        num_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        if is_tiled:
+            num_bytes += image.nbytes + latents.nbytes
+            program, arguments = functools.partial(tiled, model), (params, x)
+        else:
+            program, arguments = compiled, (params, x)
+        times = [_seconds(program, arguments) for _ in range(repeats + 1)][1:]
+        figures |= {f"{method}_s": statistics.median(times), f"{method}_mb": num_bytes / 1e6}
+    return figures
+
+
+def _print_vae() -> None:
+    sizes = [int(size) for size in _IMAGE_SIZES.value if size.isdecimal() and int(size) and int(size) % 8 == 0]
+    if len(sizes) != len(_IMAGE_SIZES.value):
+        raise ValueError(f"--image_sizes are multiples of 8, such as 256,512; got {','.join(_IMAGE_SIZES.value)}")
+    print(f"one image on 1 {jax.devices()[0].device_kind}, {_DTYPE.value}, jax {jax.__version__}")
+    print(f"{'pixels':>10} {'':>6} {'encode, s':>10} {'decode, s':>10} {'encode, MB':>11} {'decode, MB':>11}")
+    for size in sizes:
+        for is_tiled in (False, True) if size > 512 else (False,):
+            f = bench_vae(size, dtype=_DTYPE.value, is_tiled=is_tiled, repeats=_REPEATS.value)
+            print(
+                f"{size:>10} {'tiled' if is_tiled else 'whole':>6} {f['encode_s']:10.3f} {f['decode_s']:10.3f} "
+                f"{f['encode_mb']:11.0f} {f['decode_mb']:11.0f}",
+                flush=True,
+            )
+
+
 def main(what: str) -> int:
-    """Prints the table; returns the exit code."""
+    """Prints the figures; returns the exit code."""
+    if what == "vae":
+        cli.keep_freed_memory()
+        _print_vae()
+        return 0
+    if what == "loader":
+        if _DATA.value is None:
+            raise ValueError("the loader's benchmark needs --data=FOLDER, a folder of latents")
+        options = {"batch_size": _BATCH_SIZE.value, "num_threads": _NUM_THREADS.value}
+        print(f"{bench_loader(_DATA.value, _SPLIT.value, **options):.0f} records/s")
+        return 0
     if what != "ssm":
-        raise ValueError(f"unknown benchmark {what!r}; choose ssm")
+        raise ValueError(f"unknown benchmark {what!r}; choose ssm, loader or vae")
     shapes = [parse_shape(text) for text in _SHAPES.value]
     for name in _METHODS.value:
         _method(name)
@@ -163,4 +264,4 @@ def main(what: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, num_arguments=1)
+    cli.run(main, _FLAGS, num_arguments=1)

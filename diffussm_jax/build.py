@@ -1,26 +1,33 @@
 """From a config to objects. Only here are a config's strings turned into models, data, schedules and optimizers."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers
 from diffussm_jax.config import validate
-from diffussm_jax.data.loader import Loader
-from diffussm_jax.data.sources import Digits
-from diffussm_jax.data.transforms import to_uint8, to_unit_range
+from diffussm_jax.data.latents import Latents, draw_latents, read_card
+from diffussm_jax.data.loader import Loader, Records
+from diffussm_jax.data.pixels import Pixels
+from diffussm_jax.data.sources import Digits, open_source
+from diffussm_jax.data.transforms import random_flip, to_uint8, to_unit_range
 from diffussm_jax.diffusion import SAMPLERS, SCHEDULES, Schedule, classifier_free, respace
 from diffussm_jax.models import DiffuSSM
-from diffussm_jax.parallel.mesh import make_mesh
+from diffussm_jax.parallel.mesh import local_rows, make_mesh
 from diffussm_jax.training.loop import Experiment, Intervals
 from diffussm_jax.training.optimizer import adamw, learning_rate_schedule
+from diffussm_jax.training.step import Encode
 
 _GUIDED_CHANNELS = {"all": None, "first_three": 3}
-_DIGITS_SHAPE = {"image_size": 8, "num_channels": 1, "downsampling": 1}
 _MAX_GRID_COLUMNS = 10
+_DECODED_AT_ONCE = 16
 
 
 def input_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -42,27 +49,136 @@ def build_schedule(config: ConfigDict) -> Schedule:
     return SCHEDULES[config.diffusion.schedule](config.diffusion.num_steps)
 
 
-def build_loaders(config: ConfigDict) -> tuple[Loader, Loader]:
-    """The training and the held-out data of `config.data`.
+def build_records(config: ConfigDict, split: str) -> Records:
+    """One split of the data that `config.data` names.
 
     Raises:
-      ValueError: the data cannot be had, or the config's sizes are not the data's.
+      ValueError: the data do not fit the config; both values are named.
+      FileNotFoundError: there are no such data.
     """
     data = config.data
+    if data.source != "digits" and not data.path:
+        raise ValueError(f"config.data.source = {data.source!r} needs a path: give --config.data.path=...")
     if data.source == "latents":
+        latents = Latents(data.path, split)
+        _check_card(data, latents.card)
+        return latents
+    source = Digits(split) if data.source == "digits" else open_source(data.path, split)
+    if data.num_classes not in (0, len(source.class_names)):
         raise ValueError(
-            f"config.data.source = 'latents' (config.data.path = {data.path!r}): this version can build and count the "
-            "model but does not read latents yet; to train, use --config=configs/digits.py (source 'digits')"
+            f"config.data.num_classes = {data.num_classes}, but {source.description} has {len(source.class_names)} "
+            "classes (0 trains without them)"
         )
-    wrong = [f"config.data.{k} = {data[k]} (must be {v})" for k, v in _DIGITS_SHAPE.items() if data[k] != v]
-    if data.num_classes not in (0, 10):
-        wrong.append(f"config.data.num_classes = {data.num_classes} (must be 10, or 0 for unconditional)")
+    return Pixels(source, data.image_size, data.num_channels)
+
+
+def _check_card(data: ConfigDict, card: dict) -> None:
+    H, _, C = card["latent_shape"]
+    expected = {
+        "image_size": card["image_size"],
+        "num_channels": C,
+        "downsampling": card["image_size"] // H,
+        "scaling_factor": card["vae"]["scaling_factor"],
+    }
+    if data.num_classes:
+        expected["num_classes"] = len(card["class_names"])
+    wrong = [f"config.data.{k} = {data[k]}, the card has {v}" for k, v in expected.items() if data[k] != v]
     if wrong:
-        raise ValueError("the digits are 8 x 8 x 1 in 10 classes, which does not fit " + ", ".join(wrong))
-    return (
-        Loader(Digits("train"), config.batch_size, config.seed),
-        Loader(Digits("eval"), config.batch_size, None),
-    )
+        raise ValueError(f"the latents of {data.path} do not fit the config: " + "; ".join(wrong))
+
+
+def build_loaders(config: ConfigDict, mesh: Mesh) -> tuple[Loader, Loader | None]:
+    """The training data of `config.data`, and the held-out data if there are any; errors as `build_records`."""
+    data, options = config.data, {"num_threads": config.data.num_threads, "rows": local_rows(mesh, config.batch_size)}
+    held_out = None
+    if data.eval_split:
+        held_out = Loader(build_records(config, data.eval_split), config.batch_size, None, **options)
+    return Loader(build_records(config, data.split), config.batch_size, config.seed, **options), held_out
+
+
+class Codec(NamedTuple):
+    """The way from data to what the model sees, and back; all in which pixels and latents differ.
+
+    Attributes:
+      encode: (batch, key) -> x_0 [B, H, W, C] float32, under jit.
+      decode: x_0 -> images [B, H', W', C'] uint8.
+    """
+
+    encode: Encode
+    decode: Callable[[jax.Array], np.ndarray]
+
+
+def build_codec(config: ConfigDict, *, has_decoder: bool = True) -> Codec:
+    """The codec of `config.data`. Without a decoder the autoencoder of latents is not read.
+
+    Raises:
+      ValueError: the autoencoder is not that of the latents.
+      FileNotFoundError: it cannot be had.
+    """
+    data = config.data
+    if data.source != "latents":
+
+        def encode(batch, key):
+            images = random_flip(batch["image"], key) if data.random_flip else batch["image"]
+            return to_unit_range(images)
+
+        return Codec(encode, to_uint8)
+
+    scaling_factor = data.scaling_factor
+
+    def encode_latents(batch, key):
+        return draw_latents(batch, key, scaling_factor)
+
+    if not has_decoder:
+        return Codec(encode_latents, _cannot_decode)
+    vae, params = build_autoencoder(config)
+    decode = jax.jit(lambda x_0: vae.apply({"params": params}, x_0 / scaling_factor, method="decode"))
+
+    def decode_latents(x_0):
+        parts = [x_0[i : i + _DECODED_AT_ONCE] for i in range(0, len(x_0), _DECODED_AT_ONCE)]
+        return np.concatenate([to_uint8(decode(part)) for part in parts])
+
+    return Codec(encode_latents, decode_latents)
+
+
+def _cannot_decode(x_0):
+    raise ValueError("this run has no decoder for its latents: set config.data.vae and config.sample_every")
+
+
+def build_autoencoder(config: ConfigDict) -> tuple[AutoencoderKL, dict]:
+    """The autoencoder `config.data.vae` and its parameters, checked against the config and the card of the latents.
+
+    Only its encoder must be the one that made the latents: decoders trained further for the same encoder are welcome.
+
+    Raises:
+      ValueError: none is named, or it is another one than the config or the card says.
+      FileNotFoundError: it cannot be had.
+    """
+    data = config.data
+    if not data.vae:
+        raise ValueError(
+            "decoding samples needs the autoencoder that made the latents: give --config.data.vae=..., or "
+            "--config.sample_every=0"
+        )
+    vae, params = from_diffusers(data.vae)
+    found = {
+        "num_channels": vae.latent_channels,
+        "downsampling": vae.downsampling,
+        "scaling_factor": vae.scaling_factor,
+    }
+    wrong = [f"config.data.{k} = {data[k]}, it has {v}" for k, v in found.items() if data[k] != v]
+    if wrong:
+        raise ValueError(f"the autoencoder {data.vae} does not fit the config: " + "; ".join(wrong))
+    try:
+        card = read_card(data.path, data.split)
+    except FileNotFoundError:  # sampling elsewhere than where the latents are
+        return vae, params
+    if encoder_hash(params) != card["vae"]["encoder_sha256"]:
+        raise ValueError(
+            f"the autoencoder {data.vae} has not the encoder that made the latents of {data.path}: its SHA-256 is "
+            f"{encoder_hash(params)}, that of {card['vae']['name']} was {card['vae']['encoder_sha256']}"
+        )
+    return vae, params
 
 
 def build_sampler(config: ConfigDict, model: nn.Module, schedule: Schedule):
@@ -110,7 +226,9 @@ def build_experiment(config: ConfigDict) -> Experiment:
     """
     validate(config, jax.device_count())
     model, schedule = build_model(config), build_schedule(config)
-    train_loader, eval_loader = build_loaders(config)
+    mesh = make_mesh(config.mesh.data)
+    train_loader, eval_loader = build_loaders(config, mesh)
+    codec = build_codec(config, has_decoder=config.sample_every > 0)
     o = config.optimizer
     learning_rate = learning_rate_schedule(
         o.learning_rate, warmup_steps=o.warmup_steps, decay=o.decay, num_steps=config.num_steps
@@ -127,8 +245,8 @@ def build_experiment(config: ConfigDict) -> Experiment:
         learning_rate=learning_rate,
         ema_decay=o.ema_decay,
         has_ema_warmup=o.has_ema_warmup,
-        encode=lambda batch, key: to_unit_range(batch["image"]),
-        sample_grid=lambda params, key: to_uint8(sampler(params, grid_labels, key)),
+        encode=codec.encode,
+        sample_grid=lambda params, key: codec.decode(sampler(params, grid_labels, key)),
         num_grid_columns=num_columns,
         train_loader=train_loader,
         eval_loader=eval_loader,
@@ -140,7 +258,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
             checkpoint=config.checkpoint_every,
         ),
         seed=config.seed,
-        mesh=make_mesh(config.mesh.data),
+        mesh=mesh,
     )
 
 

@@ -8,8 +8,10 @@ import jax
 from absl import app, flags, logging
 
 
-def run(main: Callable[..., int], num_arguments: int = 0) -> None:
+def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, num_arguments: int = 0) -> None:
     """Parses the flags, calls `main` with the other arguments, of which there must be so many, and exits with its code.
+
+    A program that may be imported beside another one has `flag_values` of its own, so that names do not collide.
 
     A ValueError or FileNotFoundError, with which the package says what is wrong with its input, is printed without a
     traceback, and the code is 1; with --verbosity=1 the traceback comes too. Libraries' messages below a warning are
@@ -17,6 +19,7 @@ def run(main: Callable[..., int], num_arguments: int = 0) -> None:
     """
 
     def start(argv: list[str]) -> int:
+        flag_values.mark_as_parsed()
         if len(argv) != 1 + num_arguments:
             raise app.UsageError(f"expected {num_arguments} arguments beside the flags, got {argv[1:]}")
         if not flags.FLAGS["verbosity"].present:
@@ -29,6 +32,8 @@ def run(main: Callable[..., int], num_arguments: int = 0) -> None:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
+    if flag_values is not flags.FLAGS:
+        flags.FLAGS.append_flag_values(flag_values)
     app.run(start)
 
 
@@ -43,3 +48,24 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def join_hosts(value: str | None) -> None:
+    """Makes one JAX program of the processes of several hosts; before anything uses a device.
+
+    Args:
+      value: of a flag --distributed: "auto" on TPU pods and SLURM, COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, or None
+        for one host.
+
+    Raises:
+      ValueError: it is malformed, or "auto" and no cluster is found.
+    """
+    if value is None:
+        return
+    if value == "auto":
+        jax.distributed.initialize()
+        return
+    coordinator, *numbers = value.split(",")
+    if ":" not in coordinator or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"--distributed must be auto or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, got {value!r}")
+    jax.distributed.initialize(coordinator, *map(int, numbers))

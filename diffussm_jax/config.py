@@ -28,7 +28,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "model.ssm_method": ("recurrent", "associative", "fft", "chunked"),
         "model.remat": ("none", "block"),
         "model.dtype": ("float32", "bfloat16"),
-        "data.source": ("digits", "latents"),
+        "data.source": ("digits", "images", "latents"),
         "diffusion.schedule": ("linear", "cosine"),
         "optimizer.decay": ("constant", "cosine"),
         "sampling.sampler": ("ddpm", "ddim"),
@@ -54,6 +54,7 @@ _AT_LEAST: Mapping[str, int] = MappingProxyType(
         "data.num_channels": 1,
         "data.num_classes": 0,
         "data.downsampling": 1,
+        "data.num_threads": 1,
         "optimizer.warmup_steps": 0,
         "sampling.num_steps": 1,
         "sampling.num_grid_rows": 1,
@@ -68,6 +69,7 @@ _RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "optimizer.weight_decay": (0, float("inf")),
         "optimizer.max_grad_norm": (0, float("inf")),
         "optimizer.ema_decay": (0, 1),
+        "data.scaling_factor": (1e-6, 1e6),
         "sampling.guidance_scale": (0, float("inf")),
         "sampling.eta": (0, 1),
         "diffusion.num_steps": (21, 100_000),
@@ -117,11 +119,18 @@ def default_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.source = "digits"
-    config.data.path = ""
+    config.data.path = ""  # "images": what data.sources.open_source reads; "latents": a folder that precompute wrote
+    config.data.split = "train"
+    config.data.eval_split = "eval"  # held out; "": none
     config.data.image_size = 8  # pixels
     config.data.num_channels = 1  # of what the model sees: pixels or latents
-    config.data.downsampling = 1  # pixels a latent position, 8 for the VAE of latent diffusion
     config.data.num_classes = 10  # 0: unconditional
+    config.data.random_flip = False  # mirrors half of the images (latents: always)
+    config.data.num_threads = 4  # that read ahead, a batch each
+    # Of the autoencoder of latents; a data set's card must agree.
+    config.data.downsampling = 1  # pixels a latent position
+    config.data.scaling_factor = 1.0
+    config.data.vae = ""  # to decode samples: a diffusers folder or repository; must be the one of the card
 
     config.diffusion = ConfigDict()
     config.diffusion.schedule = "linear"
@@ -158,6 +167,17 @@ def apply_size(config: ConfigDict, size: str) -> None:
     config.model.update(DIFFUSSM_SIZES[size])
 
 
+def use_latents(config: ConfigDict, *, vae: str = "stabilityai/sd-vae-ft-ema") -> None:
+    """Sets the data to latents of the f8, 4-channel autoencoder of latent diffusion, nothing held out."""
+    config.data.source = "latents"
+    config.data.num_channels = 4
+    config.data.downsampling = 8
+    config.data.scaling_factor = 0.18215
+    config.data.vae = vae
+    config.data.eval_split = ""
+    config.eval_every = 0
+
+
 def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:
     """The paper's training setting on latents (arXiv 2311.18257, section 4.1; what it leaves open as DiT and ADM have
     it).
@@ -174,10 +194,8 @@ def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:
     apply_size(config, size)
     config.model.remat = "block"
     config.model.dtype = "bfloat16"
-    config.data.source = "latents"
+    use_latents(config)
     config.data.image_size = image_size
-    config.data.num_channels = 4
-    config.data.downsampling = 8
     config.data.num_classes = num_classes
     return config
 
@@ -218,6 +236,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
 
 def _check_combinations(config: ConfigDict, num_devices: int) -> None:
     model, data = config.model, config.data
+    if config.eval_every and not data.eval_split:
+        raise ValueError("config.eval_every needs held-out data: set config.data.eval_split, or eval_every to 0")
     if data.image_size % data.downsampling:
         raise ValueError(
             f"config.data.image_size = {data.image_size} is not a multiple of "
@@ -244,6 +264,11 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
             f"config.sampling.guidance_scale = {config.sampling.guidance_scale} needs a null label: classes and "
             f"label dropout, got config.data.num_classes = {data.num_classes} and "
             f"config.model.label_dropout = {model.label_dropout}"
+        )
+    if data.source != "latents" and (data.downsampling, data.scaling_factor) != (1, 1):
+        raise ValueError(
+            f"config.data.downsampling and scaling_factor must be 1 for pixels, got {data.downsampling} and "
+            f"{data.scaling_factor}"
         )
     data_axis = num_devices if config.mesh.data == -1 else config.mesh.data
     if not 1 <= data_axis <= num_devices:

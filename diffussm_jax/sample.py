@@ -15,22 +15,33 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffussm_jax import cli
-from diffussm_jax.build import build_model, build_sampler, build_schedule, from_plain, input_shape
+from diffussm_jax.build import build_codec, build_model, build_sampler, build_schedule, from_plain, input_shape
 from diffussm_jax.config import validate
-from diffussm_jax.data.transforms import image_grid, save_png, to_uint8
+from diffussm_jax.data.transforms import image_grid, save_png
 from diffussm_jax.training.checkpoint import Checkpointer
 from diffussm_jax.training.loop import CONFIG_NAME, init_params
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run that main made.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1)
-_LABELS = flags.DEFINE_list("labels", None, "The classes, taken in turn, as 0,3,7; all if not given.")
-_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 is none; the config's if not given.", lower_bound=0.0)
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim; the config's if not given.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler; the config's if not given.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "Where to write, without ending; WORKDIR/samples/final if not given.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best (by held-out loss), or a step.")
+_FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run that main made.", flag_values=_FLAGS)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1, flag_values=_FLAGS)
+_LABELS = flags.DEFINE_list(
+    "labels", None, "The classes, taken in turn, as 0,3,7; all if not given.", flag_values=_FLAGS
+)
+_GUIDANCE_SCALE = flags.DEFINE_float(
+    "guidance_scale", None, "1 is none; the config's if not given.", lower_bound=0.0, flag_values=_FLAGS
+)
+_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim; the config's if not given.", flag_values=_FLAGS)
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Steps of the sampler; the config's if not given.", lower_bound=1, flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Where to write, without ending; WORKDIR/samples/final if not given.", flag_values=_FLAGS
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", flag_values=_FLAGS)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1, flag_values=_FLAGS)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=_FLAGS
+)
 
 _GRID_COLUMNS = 10
 _MAX_GRID_IMAGES = 100
@@ -101,6 +112,7 @@ def sample(
     config.sampling.update({k: v for k, v in overrides.items() if v is not None})
     config.mesh.data = 1
     validate(config)
+    codec = build_codec(config)
     all_labels = choose_labels(labels, num_samples, config.data.num_classes)
     model = build_model(config)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -117,7 +129,7 @@ def sample(
         for i, start in enumerate(range(0, num_samples, batch_size)):
             batch_labels = np.resize(all_labels[start : start + batch_size], batch_size)  # one shape, one compilation
             x_0 = generate(params, batch_labels, jax.random.fold_in(jax.random.key(seed), i))
-            images.append(to_uint8(x_0)[: num_samples - start])
+            images.append(codec.decode(x_0)[: num_samples - start])
             bar.update(len(images[-1]))
     return np.concatenate(images), all_labels
 
@@ -159,4 +171,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, _FLAGS)

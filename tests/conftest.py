@@ -12,6 +12,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 import pytest
 from tiny import tiny_config
 
+from diffussm_jax.autoencoder import AutoencoderKL, init_params, to_diffusers
 from diffussm_jax.build import build_experiment
 from diffussm_jax.training.loop import train
 
@@ -22,3 +23,18 @@ def tiny_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tiny_run")
     assert train(build_experiment(tiny_config()), workdir) is None
     return workdir
+
+
+@pytest.fixture(scope="session")
+def small_vae():
+    """An autoencoder of random weights that halves an image once, and its parameters."""
+    model = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    return model, init_params(model, seed=0)
+
+
+@pytest.fixture(scope="session")
+def small_vae_folder(small_vae, tmp_path_factory):
+    """The same as a folder in diffusers' format."""
+    folder = tmp_path_factory.mktemp("autoencoder") / "vae"
+    to_diffusers(*small_vae, folder)
+    return folder

@@ -9,7 +9,7 @@ import pytest
 
 from diffussm_jax import config as config_lib
 from diffussm_jax import diffusion, ssm
-from diffussm_jax.build import build_loaders, from_plain, to_plain
+from diffussm_jax.build import build_experiment, from_plain, to_plain
 from diffussm_jax.config import default_config, load_config, paper_config, validate
 from diffussm_jax.models import diffussm
 
@@ -38,8 +38,8 @@ def test_the_papers_configs_come_in_sizes(size, width, depth):
     for name in ("imagenet256", "imagenet512", "lsun_church256", "lsun_bedroom256"):
         config = load_config(f"{ROOT}/configs/{name}.py:{size}")
         assert (config.model.width, config.model.depth) == (width, depth)
-        with pytest.raises(ValueError, match="does not read latents yet"):
-            build_loaders(config)
+        with pytest.raises(ValueError, match=r"needs a path: give --config.data.path=\.\.\."):
+            build_experiment(config)
     with pytest.raises(ValueError, match=r"unknown model size 'M'; choose one of S, L, XL"):
         paper_config("M", image_size=256, num_classes=0)
 
@@ -53,7 +53,7 @@ def test_the_papers_configs_come_in_sizes(size, width, depth):
         ("model.hourglass_ratio", 3, r"M = 3 must divide the latent's width 8 \(so that L = 64"),
         ("model.width", 18, "config.model.width must be a multiple of 4.*got 18"),
         ("model.state_size", 5, "must be even, got 5"),
-        ("data.source", "imagenet", "'imagenet'; choose one of digits, latents"),
+        ("data.source", "imagenet", "'imagenet'; choose one of digits, images, latents"),
         ("data.downsampling", 3, "image_size = 8 is not a multiple of config.data.downsampling = 3"),
         ("diffusion.schedule", "sigmoid", "'sigmoid'; choose one of linear, cosine"),
         ("optimizer.ema_decay", 1.5, "config.optimizer.ema_decay must be from 0 to 1, got 1.5"),
@@ -86,9 +86,12 @@ def test_keys_must_be_those_that_are_known():
 
 def test_data_must_have_the_configs_shape():
     config = default_config()
-    config.data.image_size, config.data.num_classes = 16, 7
-    with pytest.raises(ValueError, match=r"image_size = 16 \(must be 8\), config.data.num_classes = 7"):
-        build_loaders(config)
+    config.data.num_classes = 7
+    with pytest.raises(ValueError, match="num_classes = 7, but digits.* has 10 classes"):
+        build_experiment(config)
+    config.data.num_classes, config.data.num_channels = 10, 3
+    with pytest.raises(ValueError, match="images have 1 channels, config.data.num_channels = 3"):
+        build_experiment(config)
 
 
 def test_a_config_survives_json():
@@ -102,7 +105,7 @@ def test_a_config_survives_json():
         (["--config=configs/digits.py", "--config.model.dpth=3"], 'Did you mean "depth"'),
         (["--config=configs/digits.py", "--config.model.hourglass_ratio=3"], "M = 3 must divide"),
         (["--config=configs/imagenet256.py:XXL"], "unknown model size 'XXL'; choose one of S, L, XL"),
-        (["--config=configs/imagenet256.py:XL"], "673,088,272 parameters(.|\n)*does not read latents yet"),
+        (["--config=configs/imagenet256.py:XL"], "673,088,272 parameters(.|\n)*needs a path"),
         ([], "give --config"),
     ],
     ids=["key", "combination", "size", "data", "nothing"],

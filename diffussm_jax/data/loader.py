@@ -1,54 +1,108 @@
 """The order of the data, as a pure function of the step.
 
-Row r of batch s is record pi(s * B + r): pi runs through the whole source in an order that depends on the seed and
-the epoch alone, then through the next epoch's. So a run that resumes at step s needs to know nothing but s.
+Row r of batch s is record pi(s * B + r): pi runs through the whole data set in an order that depends on the seed and
+the epoch alone, then through the next epoch's. So a run that resumes at step s needs to know nothing but s, and the
+order is the same for any number of processes, threads and devices. Grain reads ahead, with threads.
 """
 
+import collections
 import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
+import grain
 import numpy as np
 
-from diffussm_jax.data.sources import Source
+Batch = dict[str, np.ndarray]
+
+
+class Records(Protocol):
+    """What a loader reads from: random access to records, each a dict of arrays; any number of threads may read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]: ...
 
 
 class Loader:
-    """Batches of a source, by step.
+    """Batches of records, by step.
 
     Args:
-      source: what to read.
+      records: what to read.
       batch_size: B, the global batch.
-      seed: of the order; None for the source's own order.
+      seed: of the order; None for the records' own order.
+      rows: [b] int, the rows of each global batch that this process reads; None for all.
+      num_threads: that read ahead, a batch each.
 
     Raises:
-      ValueError: the source is empty.
+      ValueError: there are no records.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int | None):
-        if not len(source):
-            raise ValueError("the data source holds no images")
-        self._source = source
+    def __init__(
+        self,
+        records: Records,
+        batch_size: int,
+        seed: int | None,
+        *,
+        rows: np.ndarray | None = None,
+        num_threads: int = 4,
+    ):
+        if not len(records):
+            raise ValueError("the data set holds no records")
         self.batch_size = batch_size
-        self._seed = seed
-        self._order = functools.lru_cache(maxsize=2)(
-            self._make_order
-        )  # a batch touches two epochs at most, or all are short
+        self._num_records = len(records)
+        self._num_threads = num_threads
+        rows = np.arange(batch_size) if rows is None else rows
+        stream = grain.MapDataset.source(_Stream(records, batch_size, rows, seed))
+        self._batches = stream.batch(len(rows))
 
     def __len__(self) -> int:
         """The number of batches that hold every record at least once."""
-        return -(-len(self._source) // self.batch_size)
+        return -(-self._num_records // self.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        """This process's rows of batch `step`: the records' arrays, stacked."""
+        return self._batches[step]
+
+    def iterate(self, first_step: int) -> Iterator[Batch]:
+        """`batch(first_step)`, `batch(first_step + 1)`, ... without end, read ahead by threads."""
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads)
+        return iter(self._batches[first_step:].to_iter_dataset(options))
+
+
+class _Stream:
+    """The records in the order in which one process needs them, without end."""
+
+    def __init__(self, records: Records, batch_size: int, rows: np.ndarray, seed: int | None):
+        self._records, self._batch_size, self._rows, self._seed = records, batch_size, rows, seed
+        self._order = functools.lru_cache(maxsize=4)(self._make_order)  # reading ahead touches few epochs at a time
+
+    def __len__(self) -> int:
+        return sys.maxsize // len(self._rows) * len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, row = divmod(index, len(self._rows))
+        epoch, position = divmod(step * self._batch_size + int(self._rows[row]), len(self._records))
+        return dict(self._records[int(self._order(epoch)[position])])
 
     def _make_order(self, epoch: int) -> np.ndarray:
         if self._seed is None:
-            return np.arange(len(self._source))
-        return np.random.Generator(np.random.Philox([self._seed, epoch])).permutation(len(self._source))
+            return np.arange(len(self._records))
+        return np.random.Generator(np.random.Philox([self._seed, epoch])).permutation(len(self._records))
 
-    def indices(self, step: int) -> np.ndarray:
-        """The records of batch `step`, [B] int."""
-        positions = step * self.batch_size + np.arange(self.batch_size)
-        epochs, within = np.divmod(positions, len(self._source))
-        return np.array([self._order(int(epoch))[i] for epoch, i in zip(epochs, within, strict=True)])
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Batch `step`: "image" [B, H, W, C] uint8 and "label" [B] int32."""
-        images, labels = zip(*(self._source[int(i)] for i in self.indices(step)), strict=True)
-        return {"image": np.stack(images), "label": np.asarray(labels, np.int32)}
+def prefetch(batches: Iterable[Batch], to_devices: Callable[[Batch], Any], depth: int = 2) -> Iterator[Any]:
+    """Batches on devices, `depth` of them on their way before they are asked for.
+
+    Args:
+      batches: of host arrays.
+      to_devices: starts the transfer of one, and does not wait for it.
+      depth: how many.
+    """
+    on_the_way: collections.deque = collections.deque()
+    for batch in batches:
+        on_the_way.append(to_devices(batch))
+        if len(on_the_way) > depth:
+            yield on_the_way.popleft()
+    yield from on_the_way

@@ -1,6 +1,7 @@
 """The device mesh. It has one axis, `data`, along the batch; every device holds all parameters."""
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -25,3 +26,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first dimension is the batch."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, in order: [b] int."""
+    rows = over_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in rows]))
+
+
+def batch_to_devices(mesh: Mesh, batch):
+    """A pytree of this process's rows, host arrays [b, ...], as global arrays [B, ...] over the mesh."""
+    sharding = over_batch(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

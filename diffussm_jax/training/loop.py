@@ -1,7 +1,7 @@
 """The training loop: steps, and at their intervals metrics, evaluation, samples and checkpoints.
 
     state = resume or start
-    for each step: state = train_step(state, loader.batch(step))
+    for each batch, from that step on: state = train_step(state, batch)
 
 Running the same command again resumes from the newest checkpoint; the losses are those of a run that was never stopped.
 """
@@ -22,10 +22,10 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffussm_jax.data.loader import Loader
+from diffussm_jax.data.loader import Batch, Loader, prefetch
 from diffussm_jax.data.transforms import image_grid, save_png
 from diffussm_jax.diffusion import Schedule
-from diffussm_jax.parallel.mesh import replicated
+from diffussm_jax.parallel.mesh import batch_to_devices, replicated
 from diffussm_jax.training.checkpoint import Checkpointer
 from diffussm_jax.training.metrics import MetricsLog
 from diffussm_jax.training.state import TrainState, create_state, empty_window
@@ -33,7 +33,10 @@ from diffussm_jax.training.step import Encode, make_eval_step, make_train_step
 
 CONFIG_NAME = "config.json"
 # What may change between a run and its resumption without making another experiment of it.
-_FREE_KEYS = ("num_steps", "log_every", "eval_every", "sample_every", "checkpoint_every", "sampling", "mesh")
+_FREE_KEYS = (
+    *("num_steps", "log_every", "eval_every", "sample_every", "checkpoint_every", "sampling", "mesh"),
+    *("data.path", "data.vae", "data.num_threads", "data.eval_split"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +62,11 @@ class Experiment:
       learning_rate: its schedule, to log.
       ema_decay: of the parameters' average.
       has_ema_warmup: whether that decay starts lower.
-      encode: (batch, key) -> x_0.
+      encode: (batch, key) -> x_0, jitted with the step.
       sample_grid: (params, key) -> images [B, H, W, C] uint8 for the grid.
       num_grid_columns: of that grid.
       train_loader: the data.
-      eval_loader: the held-out data.
+      eval_loader: the held-out data, if any.
       num_steps: updates to make.
       intervals: of everything else.
       seed: of all randomness.
@@ -82,7 +85,7 @@ class Experiment:
     sample_grid: Callable[[dict, jax.Array], np.ndarray]
     num_grid_columns: int
     train_loader: Loader
-    eval_loader: Loader
+    eval_loader: Loader | None
     num_steps: int
     intervals: Intervals
     seed: int
@@ -100,16 +103,24 @@ def init_params(model: nn.Module, input_shape: tuple[int, int, int], seed: int) 
     return jax.jit(init)()
 
 
+def _flat(config: dict) -> dict:
+    """The values of all groups, under dotted keys."""
+    flat = {}
+    for key, value in config.items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    return flat
+
+
 def _keep_config(config: dict, workdir: epath.Path) -> None:
     """Writes config.json, or checks that the run being resumed has the same; ValueError names what differs."""
     path = workdir / CONFIG_NAME
     if path.exists():
-        old = json.loads(path.read_text())
-        new = json.loads(json.dumps(config))
+        old = _flat(json.loads(path.read_text()))
+        new = _flat(json.loads(json.dumps(config)))
         differing = [
-            f"config.{group}: was {old.get(group)!r}, is {new.get(group)!r}"
-            for group in sorted(old.keys() | new.keys())
-            if group not in _FREE_KEYS and old.get(group) != new.get(group)
+            f"config.{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if not {key, key.partition(".")[0]} & set(_FREE_KEYS) and old.get(key) != new.get(key)
         ]
         if differing:
             raise ValueError(
@@ -145,7 +156,13 @@ class _Clock:
     """Counts the seconds spent in training steps, and not those spent in evaluation, sampling or saving."""
 
     def __init__(self):
-        self._seconds, self._started = 0.0, time.perf_counter()
+        self._seconds, self._waited, self._started = 0.0, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self):
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
 
     @contextlib.contextmanager
     def paused(self, state: TrainState):
@@ -154,10 +171,12 @@ class _Clock:
         yield
         self._started = time.perf_counter()
 
-    def lap(self) -> float:
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and how many of them were spent waiting for data."""
         now = time.perf_counter()
-        seconds, self._seconds, self._started = self._seconds + now - self._started, 0.0, now
-        return seconds
+        lap = self._seconds + now - self._started, self._waited
+        self._seconds, self._waited, self._started = 0.0, 0.0, now
+        return lap
 
 
 def train(experiment: Experiment, workdir: epath.PathLike) -> int | None:
@@ -212,15 +231,21 @@ class _Run:
         self._eval_step = make_eval_step(**shared)
         self._clock = _Clock()
 
+    def _to_devices(self, batch: Batch) -> Batch:
+        return batch_to_devices(self._experiment.mesh, batch)
+
     def run(self, state: TrainState, step: int) -> int | None:
         e = self._experiment
         saved_step = step
+        batches = prefetch(e.train_loader.iterate(step), self._to_devices)
         with (
             _stop_on_signal() as stopped,
             tqdm(total=e.num_steps, initial=step, unit="step", dynamic_ncols=True) as bar,
         ):
             while step < e.num_steps and not stopped():
-                state = self._train_step(state, e.train_loader.batch(step))
+                with self._clock.waiting_for_data():
+                    batch = next(batches)
+                state = self._train_step(state, batch)
                 step += 1
                 bar.update()
                 is_last = step == e.num_steps
@@ -247,14 +272,16 @@ class _Run:
         count = window.pop("count")
         metrics = {name: total / count for name, total in window.items()}
         metrics["learning_rate"] = float(e.learning_rate(step - 1))
-        metrics["images_per_second"] = float(count) * e.train_loader.batch_size / self._clock.lap()
+        seconds, waited = self._clock.lap()
+        metrics["images_per_second"] = float(count) * e.train_loader.batch_size / seconds
+        metrics["data_wait"] = waited / seconds
         self._log.write(step, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
         return state.replace(window=jax.device_put(empty_window(), replicated(e.mesh)))
 
     def _evaluate(self, state: TrainState, step: int) -> float:
         loader = self._experiment.eval_loader
-        losses = [self._eval_step(state.ema_params, loader.batch(i), i) for i in range(len(loader))]
+        losses = [self._eval_step(state.ema_params, self._to_devices(loader.batch(i)), i) for i in range(len(loader))]
         eval_loss = float(np.mean(jax.device_get(losses)))
         self._log.write(step, {"eval_loss": eval_loss})
         return eval_loss

@@ -1,23 +1,28 @@
 """The order of the data is a pure function of the step, and every epoch holds every record once."""
 
+import itertools
+import threading
+
 import numpy as np
 import pytest
 
-from diffussm_jax.data.loader import Loader
+from diffussm_jax.data.loader import Loader, prefetch
 from diffussm_jax.data.sources import Digits
 
 
 class Numbers:
-    """A source of n one-pixel images whose label is their index."""
+    """n records whose label is their index."""
 
     def __init__(self, n):
         self.n = n
+        self.threads = set()
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, index):
-        return np.full((1, 1, 1), index, np.uint8), index
+        self.threads.add(threading.get_ident())
+        return {"image": np.full((1, 1, 1), index, np.uint8), "label": np.int32(index)}
 
 
 @pytest.mark.parametrize("n,batch_size", [(10, 4), (10, 10), (7, 20), (1, 3)])
@@ -46,9 +51,60 @@ def test_without_a_seed_the_order_is_the_sources():
     np.testing.assert_array_equal(loader.batch(2)["label"], [8, 9, 0, 1])
 
 
-def test_an_empty_source_is_refused():
-    with pytest.raises(ValueError, match="no images"):
+def test_no_records_are_refused():
+    with pytest.raises(ValueError, match="no records"):
         Loader(Numbers(0), 4, seed=0)
+
+
+def test_batches_are_stacked_records():
+    batch = Loader(Numbers(10), 4, seed=0).batch(0)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        "image": ((4, 1, 1, 1), np.uint8),
+        "label": ((4,), np.int32),
+    }
+
+
+@pytest.mark.parametrize("first_step", [0, 37])
+def test_reading_ahead_by_threads_is_reading_by_step(first_step):
+    records = Numbers(50)
+    loader = Loader(records, 8, seed=2, num_threads=3)
+    ahead = list(itertools.islice(loader.iterate(first_step), 20))
+    assert threading.get_ident() not in records.threads
+    for step, batch in enumerate(ahead, first_step):
+        np.testing.assert_array_equal(batch["label"], loader.batch(step)["label"])
+
+
+def test_processes_share_the_rows_of_every_batch():
+    whole = Loader(Numbers(50), 8, seed=2)
+    parts = [Loader(Numbers(50), 8, seed=2, rows=rows) for rows in (np.arange(5), np.arange(5, 8))]
+    for step in range(100):
+        rows = np.concatenate([part.batch(step)["label"] for part in parts])
+        np.testing.assert_array_equal(rows, whole.batch(step)["label"])
+
+
+def test_an_error_in_a_record_reaches_the_reader():
+    class Broken(Numbers):
+        def __getitem__(self, index):
+            if index == 3:
+                raise ValueError("record 3 is broken")
+            return super().__getitem__(index)
+
+    batches = Loader(Broken(10), 2, seed=None).iterate(0)
+    assert next(batches)["label"].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="record 3 is broken"):
+        next(batches)
+
+
+def test_prefetch_keeps_the_order_and_starts_early():
+    started = []
+
+    def to_devices(batch):
+        started.append(batch)
+        return batch * 10
+
+    batches = prefetch(iter(range(5)), to_devices, depth=2)
+    assert next(batches) == 0 and started == [0, 1, 2]
+    assert list(batches) == [10, 20, 30, 40]
 
 
 def test_digits_are_scikit_learns_split_in_ten():
@@ -57,7 +113,7 @@ def test_digits_are_scikit_learns_split_in_ten():
     images, labels = load_digits(return_X_y=True)
     train, held_out = Digits("train"), Digits("eval")
     assert (len(train), len(held_out)) == (1618, 179)
-    image, label = held_out[0]
+    image, label, _ = held_out[0]
     assert (image.shape, image.dtype, label) == ((8, 8, 1), np.uint8, labels[9])
     np.testing.assert_allclose(image.ravel() / 255 * 16, images[9], atol=0.04)
     with pytest.raises(ValueError, match="unknown split 'test'"):

@@ -1,0 +1,31 @@
+"""DiffuSSM on latents of CIFAR-10, class-conditional: `cifar10.py` behind an autoencoder.
+
+    python -m diffussm_jax.precompute --source=cifar10.zip --image_size=32 --vae=VAE --out=latents/cifar10
+    python -m diffussm_jax.main --config=configs/cifar10_latent.py --workdir=runs/cifar10_latent \
+        --config.data.path=latents/cifar10 --config.data.vae=VAE
+
+VAE is an autoencoder with 4 channels that halves the image twice, 32 x 32 pixels to 8 x 8 (for another one set
+`config.data.downsampling`, `num_channels` and `scaling_factor`; a data set that does not fit is refused). Small enough
+to try on a CPU: the quickest way to see the whole path of latents.
+"""
+
+from diffussm_jax.config import default_config, use_latents
+
+
+def get_config():
+    config = default_config()
+    config.batch_size = 128
+    config.num_steps = 50_000
+
+    config.model.width = 128
+    config.model.depth = 6
+
+    use_latents(config, vae="")
+    config.data.image_size = 32
+    config.data.downsampling = 4
+    config.data.num_classes = 10
+
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 500
+    config.optimizer.max_grad_norm = 1.0
+    return config

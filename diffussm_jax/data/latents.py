@@ -1,0 +1,364 @@
+"""Data sets of latents: what a frozen autoencoder made of images, in TFDS's array_record format, with a card.
+
+A folder holds one data set of one or more splits:
+
+    latents-train.array_record-00000-of-00313   shards; each record an image's latent and its mirror image's
+    card-train.json                             where they come from, statistics, and the checksum of each shard
+    dataset_info.json, features.json            TFDS's metadata: `tfds.builder_from_directory(folder)` reads it
+
+A shard appears under its name only when it is whole, and a split in `dataset_info.json` only when all of its shards are
+there. The folder may be a bucket (gs://...): array_record reads and writes local files only, so shards are made in a
+temporary folder and copied, and copied to this machine's cache before they are read. A record is
+
+    mean, log_std   [2, H, W, C] float16, of the encoder's normal distribution, not scaled; second, the mirror image's
+    label           int, 0 without classes
+    key             the image's name in its source
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+FORMAT_VERSION = 1
+NAME = "latents"
+_FILENAME_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+_CHUNK_BYTES = 1 << 20
+
+
+def shard_name(split: str, index: int, num_shards: int) -> str:
+    """The file name of a shard, as TFDS expects it."""
+    return f"{NAME}-{split}.array_record-{index:05d}-of-{num_shards:05d}"
+
+
+def card_name(split: str) -> str:
+    """The file name of a split's card."""
+    return f"card-{split}.json"
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a text file so that a reader sees all of it or none."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def file_sha256(path: epath.Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _features(latent_shape: Sequence[int], class_names: Sequence[str]):
+    import tensorflow_datasets as tfds
+
+    tensor = tfds.features.Tensor(shape=(2, *latent_shape), dtype=np.float16, encoding=tfds.features.Encoding.BYTES)
+    label = tfds.features.ClassLabel(names=class_names) if class_names else tfds.features.Scalar(np.int64)
+    return tfds.features.FeaturesDict({"mean": tensor, "log_std": tensor, "label": label, "key": tfds.features.Text()})
+
+
+class ShardWriter:
+    """Writes one shard: `write` for each record, then `finish`, which gives it its name. Until then it is no shard.
+
+    Args:
+      folder: of the data set; exists.
+      split: such as "train".
+      index: of the shard.
+      num_shards: of the split.
+      latent_shape: (H, W, C).
+      class_names: of the labels; empty if there are none.
+    """
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        split: str,
+        index: int,
+        num_shards: int,
+        latent_shape: Sequence[int],
+        class_names: Sequence[str],
+    ):
+        from array_record.python.array_record_module import ArrayRecordWriter
+        from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+        self._features = _features(latent_shape, class_names)
+        self._serializer = ExampleSerializer(self._features.get_serialized_info())
+        self._path = folder / shard_name(split, index, num_shards)
+        self._partial = self._path.with_name(self._path.name + ".partial")
+        if is_remote(folder):
+            self._partial = epath.Path(tempfile.mkdtemp(prefix="diffussm_jax_")) / self._partial.name
+        # One record a group: random access then reads no neighbours.
+        self._writer = ArrayRecordWriter(str(self._partial), "group_size:1")
+        self._num_records, self._num_bytes = 0, 0
+        self._sums = np.zeros((3, latent_shape[-1]))  # of mean, mean**2, std**2, over both mirrors
+
+    def write(self, mean: np.ndarray, log_std: np.ndarray, label: int, key: str) -> None:
+        """Adds a record: mean and log_std [2, H, W, C] float16.
+
+        Raises:
+          ValueError: a value is not finite.
+        """
+        if not (np.isfinite(mean).all() and np.isfinite(log_std).all()):
+            raise ValueError(f"the autoencoder's latent of {key} is not finite in float16")
+        record = {"mean": mean, "log_std": log_std, "label": int(label), "key": key}
+        example = self._serializer.get_tf_example(self._features.encode_example(record))
+        data = example.SerializeToString(deterministic=True)
+        self._writer.write(data)
+        self._num_records += 1
+        self._num_bytes += len(data)
+        m, s = mean.astype(np.float64), np.exp(log_std.astype(np.float64))
+        self._sums += [x.sum((0, 1, 2)) / (m.size / m.shape[-1]) for x in (m, m**2, s**2)]
+
+    def finish(self) -> dict:
+        """Names the shard, and returns what the card says of it, with the sums that make the card's statistics."""
+        self._writer.close()
+        about = {
+            "file": self._path.name,
+            "num_records": self._num_records,
+            "num_bytes": self._num_bytes,
+            "sha256": file_sha256(self._partial),
+            "sums": self._sums.tolist(),
+        }
+        if is_remote(self._path):
+            self._partial.copy(self._path, overwrite=True)  # a bucket shows an object when it is whole
+            self._partial.parent.rmtree()
+        else:
+            self._partial.replace(self._path)
+        return about
+
+    def discard(self) -> None:
+        """Deletes what was written."""
+        self._writer.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def write_card(folder: epath.Path, split: str, settings: Mapping, shards: Sequence[Mapping], skipped: Sequence) -> dict:
+    """Completes a split: its card, then TFDS's metadata, which makes it readable.
+
+    Args:
+      folder: of the data set.
+      split: all of whose shards are there.
+      settings: of what they were made: at least "source", "image_size", "latent_shape", "class_names" and "vae" with
+        its "name", "sha256", "encoder_sha256", "scaling_factor" and "dtype".
+      shards: what `ShardWriter.finish` returned for each, in order.
+      skipped: images left out, as {"index", "key", "reason"}.
+
+    Returns:
+      The card.
+
+    Raises:
+      ValueError: another split in the folder is of other settings, or no image is left.
+    """
+    num_records = sum(shard["num_records"] for shard in shards)
+    if not num_records:
+        raise ValueError(f"no image could be read: all {len(skipped)} were skipped")
+    mean, square, variance = np.sum([shard["sums"] for shard in shards], 0) / num_records
+    card = {
+        "format_version": FORMAT_VERSION,
+        "split": split,
+        "num_records": num_records,
+        **settings,
+        "statistics": {
+            "about": "per channel, of latents as sampled, not scaled",
+            "mean": mean.tolist(),
+            "std": np.sqrt(square - mean**2 + variance).tolist(),
+        },
+        "skipped": list(skipped),
+        "shards": [{key: value for key, value in shard.items() if key != "sums"} for shard in shards],
+    }
+    cards = {other: read_card(folder, other) for other in _splits(folder) if other != split} | {split: card}
+    for other, its_card in cards.items():
+        check_same_kind(card, its_card, f"split {split!r}", f"split {other!r} of {folder}")
+    write_whole(folder / card_name(split), json.dumps(card, indent=1))
+    _write_metadata(folder, cards)
+    return card
+
+
+def check_same_kind(ours: Mapping, theirs: Mapping, our_name: str, their_name: str) -> None:
+    """Refuses splits that do not belong to one data set.
+
+    Raises:
+      ValueError: image size, latent shape, autoencoder or classes differ; both values are named.
+    """
+
+    def kind(card):
+        vae = {f"vae.{key}": card["vae"][key] for key in ("encoder_sha256", "scaling_factor", "dtype")}
+        return vae | {key: card[key] for key in ("image_size", "latent_shape", "class_names")}
+
+    ours, theirs = kind(ours), kind(theirs)
+    differing = [
+        f"{key} is {ours[key]!r} in {our_name}, {theirs[key]!r} in {their_name}"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    if differing:
+        raise ValueError("these do not make one data set: " + "; ".join(differing))
+
+
+def _splits(folder: epath.Path) -> list[str]:
+    return sorted(path.name[len("card-") : -len(".json")] for path in folder.glob("card-*.json"))
+
+
+def _write_metadata(folder: epath.Path, cards: Mapping[str, Mapping]) -> None:
+    import tensorflow_datasets as tfds
+
+    split_infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard["num_records"] for shard in card["shards"]],
+            num_bytes=sum(shard["num_bytes"] for shard in card["shards"]),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=folder,
+                dataset_name=NAME,
+                split=split,
+                filetype_suffix="array_record",
+                template=_FILENAME_TEMPLATE,
+            ),
+        )
+        for split, card in sorted(cards.items())
+    ]
+    card = next(iter(cards.values()))
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(folder),
+        features=_features(card["latent_shape"], card["class_names"]),
+        split_infos=split_infos,
+        filename_template=_FILENAME_TEMPLATE,
+        description=f"Latents of {card['source']}",
+        check_data=False,  # which would need TensorFlow
+    )
+
+
+def read_card(folder: epath.PathLike, split: str) -> dict:
+    """The card of a split.
+
+    Raises:
+      FileNotFoundError: the folder holds no such split; those that it holds are named.
+      ValueError: the card cannot be read.
+    """
+    folder = epath.Path(folder)
+    path = folder / card_name(split)
+    if not path.exists():
+        found = f"it holds the splits {', '.join(_splits(folder))}" if _splits(folder) else "it holds none"
+        raise FileNotFoundError(
+            f"{folder} holds no finished latents of split {split!r}: there is no {path.name}; {found}. "
+            "`python -m diffussm_jax.precompute` makes them."
+        )
+    try:
+        card = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(card, dict) or card.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} is no card of format version {FORMAT_VERSION}")
+    return card
+
+
+def _local_copy(folder: epath.Path, card: Mapping) -> epath.Path:
+    """A folder of this machine with a split of a bucket in it; what is there already is not copied again."""
+    wanted = {shard["file"]: shard["sha256"] for shard in card["shards"]}
+    identity = hashlib.sha256(json.dumps([str(folder), wanted]).encode()).hexdigest()[:16]
+    local = epath.Path("~/.cache/diffussm_jax/latents").expanduser() / identity
+    local.mkdir(parents=True, exist_ok=True)
+    metadata = [path.name for path in folder.iterdir() if path.suffix in (".json", ".txt")]
+    for name in [*wanted, *metadata]:
+        if (local / name).exists():
+            continue
+        partial = local / f"{name}.{os.getpid()}.partial"
+        (folder / name).copy(partial, overwrite=True)
+        if name in wanted and file_sha256(partial) != wanted[name]:
+            partial.unlink()
+            raise ValueError(f"{folder / name} is damaged: it has not the card's checksum")
+        partial.replace(local / name)
+    return local
+
+
+class Latents:
+    """A finished split as records by index: {"mean", "log_std": [2, H, W, C] float16, "label": int32}.
+
+    Any number of threads may read.
+
+    Args:
+      folder: of the data set.
+      split: such as "train".
+
+    Raises:
+      FileNotFoundError: the folder holds no such split, or a shard is missing.
+      ValueError: the metadata are damaged, or a shard of a bucket is.
+    """
+
+    def __init__(self, folder: epath.PathLike, split: str):
+        import tensorflow_datasets as tfds
+
+        folder = epath.Path(folder)
+        self.card = read_card(folder, split)
+        missing = [shard["file"] for shard in self.card["shards"] if not (folder / shard["file"]).exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards, the first {missing[0]}")
+        if is_remote(folder):
+            folder = _local_copy(folder, self.card)
+        try:
+            self._records = tfds.builder_from_directory(str(folder)).as_data_source(split=split)
+        except Exception as error:
+            raise ValueError(f"TFDS cannot read {folder}, split {split!r}: {error}") from error
+
+    def __len__(self) -> int:
+        return self.card["num_records"]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self._records[int(index)]
+        return {"mean": record["mean"], "log_std": record["log_std"], "label": np.int32(record["label"])}
+
+
+def verify(folder: epath.PathLike, split: str) -> dict:
+    """Reads all of a split again, and compares it with its card.
+
+    Returns:
+      The card.
+
+    Raises:
+      FileNotFoundError: the split or a shard is missing.
+      ValueError: shards are not those that were written; all of them are named.
+    """
+    folder, latents, wrong = epath.Path(folder), Latents(folder, split), []
+    for shard in latents.card["shards"]:
+        digest = file_sha256(folder / shard["file"])
+        if digest != shard["sha256"]:
+            wrong.append(f"{shard['file']}: SHA-256 is {digest}, the card has {shard['sha256']}")
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(latents.card['shards'])} shards are damaged:\n  " + "\n  ".join(wrong))
+    if len(latents._records) != len(latents):
+        raise ValueError(f"TFDS finds {len(latents._records)} records, the card has {len(latents)}")
+    return latents.card
+
+
+def draw_latents(batch: Mapping[str, jax.Array], key: jax.Array, scaling_factor: float) -> jax.Array:
+    """Draws x_0 of a batch of records: for each the image or its mirror image, from its normal distribution.
+
+    Args:
+      batch: "mean" and "log_std", [B, 2, H, W, C] float16.
+      key: of the draws.
+      scaling_factor: of the autoencoder, so that latents have about unit deviation.
+
+    Returns:
+      [B, H, W, C] float32, scaled.
+    """
+    mirror_key, noise_key = jax.random.split(key)
+    B = batch["mean"].shape[0]
+    is_mirrored = jax.random.bernoulli(mirror_key, 0.5, (B, 1, 1, 1))
+    mean, log_std = (
+        jnp.where(is_mirrored, x[:, 1], x[:, 0]).astype(jnp.float32) for x in (batch["mean"], batch["log_std"])
+    )
+    return scaling_factor * (mean + jnp.exp(log_std) * jax.random.normal(noise_key, mean.shape))

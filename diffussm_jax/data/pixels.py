@@ -1,0 +1,38 @@
+"""Images as the records that training in pixel space reads."""
+
+import numpy as np
+
+from diffussm_jax.data.sources import Source
+from diffussm_jax.data.transforms import center_crop
+
+
+class Pixels:
+    """A source's images as records {"image": [size, size, C] uint8, "label": int32}, cropped at the centre.
+
+    A broken image raises `BrokenImage`.
+
+    Args:
+      source: of images.
+      size: in pixels.
+      num_channels: C; 1 keeps gray images, 3 is colour.
+
+    Raises:
+      ValueError: the first image is not of so many channels.
+    """
+
+    def __init__(self, source: Source, size: int, num_channels: int):
+        self._source, self._size = source, size
+        found = source[0].image.shape[-1]
+        if found != num_channels:
+            raise ValueError(
+                f"{source.description}: images have {found} channels, config.data.num_channels = {num_channels}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        image, label, _ = self._source[index]
+        if image.shape[:2] != (self._size, self._size):
+            image = center_crop(image, self._size)
+        return {"image": image, "label": np.int32(label)}
