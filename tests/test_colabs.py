@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 COLABS = Path(__file__).parent.parent / "colabs"
 
@@ -43,3 +46,40 @@ def test_quickstart_trains_and_samples(tmp_path):
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 2  # the loss and the grid
     assert (tmp_path / "samples" / "quickstart.npz").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_precompute_and_sample_goes_from_photographs_to_a_decoded_grid(tmp_path, small_vae_folder):
+    for i, photograph in enumerate(load_sample_images().images):  # two, cut into pieces
+        folder = tmp_path / "images" / "train" / f"photograph_{i}"
+        folder.mkdir(parents=True)
+        for j in range(10):
+            Image.fromarray(photograph[:, 40 * j : 40 * j + 100]).save(folder / f"{j}.jpg")
+    notebook = nbformat.read(COLABS / "precompute_and_sample.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "install" not in tags(cell)]
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in tags(cell)]
+    short = {
+        "num_steps": 6,
+        "batch_size": 8,
+        "log_every": 2,
+        "sample_every": 3,
+        "checkpoint_every": 3,
+        "model.width": 16,
+        "model.depth": 2,
+        "model.state_size": 4,
+        "sampling.num_steps": 3,
+    }
+    values = {
+        "source": str(tmp_path / "images"),
+        "image_size": 16,
+        "vae_name": str(small_vae_folder),
+        "latents": str(tmp_path / "latents"),
+        "workdir": str(tmp_path / "run"),
+        "overrides": short,
+    }
+    parameters.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(COLABS)}}).execute()
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 2  # the reconstructions and the samples
+    with np.load(tmp_path / "run" / "samples" / "notebook.npz") as samples:
+        assert samples["arr_0"].shape == (40, 16, 16, 3)

@@ -1,0 +1,219 @@
+"""Latents precomputed from images: the same bytes after kills, broken images counted, wrong input refused."""
+
+import itertools
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffussm_jax import precompute as program
+from diffussm_jax.data.latents import Latents, read_card, verify
+from diffussm_jax.data.sources import Digits, open_source
+from diffussm_jax.precompute import Job, draw_reconstructions, precompute
+
+SIZE = 16
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """90 images of digits in 10 folders, some wider than high."""
+    root = tmp_path_factory.mktemp("images")
+    for image, label, key in itertools.islice(iter(Digits("train")), 90):
+        folder = root / "train" / f"class_{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        size = (SIZE + int(key) % 3, SIZE)
+        Image.fromarray(image[..., 0]).resize(size).save(folder / f"{int(key):03d}.png")
+    return root
+
+
+def _job(small_vae, images, out, **options):
+    options = {"batch_size": 8, "shard_size": 20, "split": "train", "image_size": SIZE, **options}
+    source = open_source(str(images), "train")
+    return Job(source=source, out=out, vae_name="small", vae=small_vae[0], params=small_vae[1], **options)
+
+
+def _shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*array_record*")}
+
+
+@pytest.fixture(scope="session")
+def finished(small_vae, images, tmp_path_factory):
+    """The folder of a whole split, made in one go."""
+    out = tmp_path_factory.mktemp("latents")
+    precompute(_job(small_vae, images, out))
+    return out
+
+
+def test_records_are_the_images_encoded(small_vae, images, finished):
+    model, params = small_vae
+    data, source = Latents(finished, "train"), open_source(str(images), "train")
+    card = read_card(finished, "train")
+    assert len(data) == 90 and len(card["shards"]) == 5 and not card["skipped"]
+    assert card["class_names"] == [f"class_{i}" for i in range(10)]
+    for i in (0, 19, 20, 57, 89):
+        image, label, _ = source[i]
+        left = (image.shape[1] - SIZE) // 2
+        cropped = image[:, left : left + SIZE].astype(np.float32) / 127.5 - 1
+        for mirror, x in enumerate((cropped, cropped[:, ::-1])):
+            mean, log_std = model.apply({"params": params}, x[None], method="encode")
+            np.testing.assert_allclose(data[i]["mean"][mirror], mean[0], rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(data[i]["log_std"][mirror], log_std[0], rtol=2e-3, atol=2e-3)
+        assert data[i]["label"] == label
+
+
+def test_a_finished_split_is_left_alone_or_refused(small_vae, images, finished):
+    before = _shards(finished)
+    assert precompute(_job(small_vae, images, finished)) == read_card(finished, "train")
+    assert _shards(finished) == before
+    with pytest.raises(ValueError, match="already holds split 'train'.*\n  image_size: was 16, is 8"):
+        precompute(_job(small_vae, images, finished, image_size=8))
+
+
+def test_a_second_split_joins_the_folder(small_vae, images, tmp_path):
+    for split in ("train", "again"):
+        precompute(_job(small_vae, images, tmp_path, split=split))
+    assert len(Latents(tmp_path, "train")) == len(Latents(tmp_path, "again")) == 90
+
+
+def _command(images, small_vae_folder, out, *more):
+    flags_ = {
+        "source": images,
+        "source_split": "train",
+        "out": out,
+        "vae": small_vae_folder,
+        "image_size": SIZE,
+        "batch_size": 8,
+        "shard_size": 20,
+    }
+    return [sys.executable, "-m", "diffussm_jax.precompute", *(f"--{k}={v}" for k, v in flags_.items()), *more]
+
+
+def test_killed_at_any_moment_and_run_again(small_vae, images, small_vae_folder, finished, tmp_path):
+    """SIGKILL when the first, second and fourth shard has begun: the shards are those of one run, byte for byte."""
+    command = _command(images, small_vae_folder, tmp_path)
+    for num_partial in (1, 2, 4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(f"*-{num_partial - 1:05d}-of-00005*")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        with pytest.raises(FileNotFoundError, match="no finished latents"):
+            Latents(tmp_path, "train")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "90 latents of 90 images (0 skipped)" in done.stdout
+    assert _shards(tmp_path) == _shards(finished)
+    cards = [read_card(folder, "train") for folder in (tmp_path, finished)]
+    for card in cards:
+        card["vae"].pop("name")
+    assert cards[0] == cards[1]
+    assert not list(tmp_path.glob("unfinished*")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_only_missing_shards_are_made_again(small_vae, images, tmp_path, monkeypatch):
+    job = _job(small_vae, images, tmp_path)
+    write, calls = program.latents.write_card, []
+    monkeypatch.setattr(program.latents, "write_card", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # all shards are there, the card is not
+        precompute(job)
+    (tmp_path / "latents-train.array_record-00002-of-00005").unlink()
+    monkeypatch.setattr(program.latents, "write_card", write)
+    center_crop = program.center_crop
+    monkeypatch.setattr(program, "center_crop", lambda *args: (calls.append(0), center_crop(*args))[1])
+    precompute(job)
+    assert len(calls) == 20
+
+
+def test_a_begun_split_of_other_settings_is_refused(small_vae, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(program.latents, "write_card", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        precompute(_job(small_vae, images, tmp_path))
+    with pytest.raises(ValueError, match="begun split 'train' of other settings.*\n  shard_size: was 20, is 30"):
+        precompute(_job(small_vae, images, tmp_path, shard_size=30))
+
+
+@pytest.fixture
+def torn(images, tmp_path):
+    """A copy of the images of which numbers 20 to 39, a whole shard, and number 3 are broken."""
+    root = tmp_path / "torn"
+    for i, path in enumerate(sorted((images / "train").rglob("*.png"))):
+        copy = root / "train" / path.parent.name / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes()
+        copy.write_bytes(data[: len(data) // 2] if 20 <= i < 40 or i == 3 else data)
+    return root
+
+
+def test_broken_images_are_counted_and_listed(small_vae, images, torn, finished, tmp_path):
+    card = precompute(_job(small_vae, torn, tmp_path / "out", max_bad_fraction=0.3))
+    assert [item["index"] for item in card["skipped"]] == [3, *range(20, 40)]
+    assert all(item["key"].endswith(".png") and item["reason"] for item in card["skipped"])
+    data, whole = Latents(tmp_path / "out", "train"), Latents(finished, "train")
+    assert len(data) == 69
+    for i, j in ((2, 2), (3, 4), (18, 19), (19, 40), (68, 89)):
+        np.testing.assert_allclose(data[i]["mean"], whole[j]["mean"], atol=2e-3)
+    verify(tmp_path / "out", "train")
+
+
+def test_too_many_broken_images_stop_it_and_keep_what_is_finished(small_vae, torn, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="broken images are more than max_bad_fraction = 0.1 of 90; the last: .*png"):
+        precompute(_job(small_vae, torn, out, max_bad_fraction=0.1))
+    assert list(_shards(out)) == ["latents-train.array_record-00000-of-00005"]
+    with pytest.raises(FileNotFoundError, match="no finished latents"):
+        Latents(out, "train")
+    assert len(precompute(_job(small_vae, torn, out, max_bad_fraction=0.3))["skipped"]) == 21
+
+
+def test_verify_draws_originals_above_reconstructions(small_vae, images, small_vae_folder, finished, tmp_path):
+    command = _command(images, small_vae_folder, finished, "--verify")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "90 records in 5 shards are as their card says." in done.stdout
+    picture = np.asarray(Image.open(finished / "verified-train.png"))
+    expected = draw_reconstructions(_job(small_vae, images, finished))
+    np.testing.assert_array_equal(picture, expected)
+    first = open_source(str(images), "train")[0].image
+    tile = picture[2 : 2 + 2 * SIZE : 2, 2 : 2 + 2 * SIZE : 2]
+    left = (first.shape[1] - SIZE) // 2
+    np.testing.assert_array_equal(tile, first[:, left : left + SIZE])
+
+
+def test_two_hosts_make_the_same_split(images, small_vae_folder, finished, tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    hosts = [
+        subprocess.Popen(
+            _command(images, small_vae_folder, tmp_path, f"--distributed={address},2,{i}"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [host.communicate(timeout=120) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    assert _shards(tmp_path) == _shards(finished)
+    logs = [(tmp_path / f"precompute-{i}.log").read_text() for i in range(2)]
+    assert [log.count("finished") for log in logs] == [3, 2]
+
+
+def test_wrong_sizes_are_refused(small_vae, images, tmp_path):
+    with pytest.raises(ValueError, match="--image_size=15 is not a multiple of the autoencoder's downsampling 2"):
+        precompute(_job(small_vae, images, tmp_path, image_size=15))
+
+
+def test_a_missing_source_is_named(small_vae_folder, tmp_path):
+    done = subprocess.run(_command(tmp_path / "none.zip", small_vae_folder, tmp_path), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "none.zip" in done.stderr and "Traceback" not in done.stderr
