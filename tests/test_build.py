@@ -1,0 +1,194 @@
+"""Configs that run on images and on latents: what must fit does, and any number of processes reads the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from tiny import tiny_config
+
+from diffussm_jax.autoencoder import to_diffusers
+from diffussm_jax.build import build_codec, build_experiment
+from diffussm_jax.config import load_config
+from diffussm_jax.data.sources import ImageFolder
+from diffussm_jax.data.transforms import to_uint8
+from diffussm_jax.precompute import Job, precompute
+from diffussm_jax.sample import sample
+from diffussm_jax.training.loop import train
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SIZE = 16
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of train/ and test/, each with 12 pieces of each of two photographs, 16 x 16 pixels."""
+    root = tmp_path_factory.mktemp("photographs")
+    for label, photograph in enumerate(load_sample_images().images):
+        for i in range(24):
+            folder = root / ("train" if i < 12 else "test") / f"photograph_{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(photograph[:, 20 * i : 20 * i + 100]).resize((SIZE, SIZE)).save(folder / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def latents(images, small_vae, tmp_path_factory):
+    """The same as latents."""
+    out = tmp_path_factory.mktemp("latents")
+    for split in ("train", "test"):
+        precompute(
+            Job(
+                source=ImageFolder(images, split),
+                out=out,
+                split=split,
+                image_size=SIZE,
+                vae_name="small",
+                vae=small_vae[0],
+                params=small_vae[1],
+                batch_size=8,
+            )
+        )
+    return out
+
+
+def _shorten(config):
+    tiny = tiny_config()
+    for key in ("batch_size", "num_steps", "log_every", "eval_every", "sample_every", "checkpoint_every"):
+        config[key] = tiny[key]
+    for key in ("width", "depth", "state_size"):
+        config.model[key] = tiny.model[key]
+    config.sampling.num_steps = 3
+    config.data.image_size = SIZE
+    return config
+
+
+def _pixel_config(images):
+    config = _shorten(load_config(f"{CONFIGS}/cifar10.py"))
+    config.data.path, config.data.num_classes = str(images), 2
+    return config
+
+
+def _latent_config(latents, vae):
+    config = _shorten(load_config(f"{CONFIGS}/cifar10_latent.py"))
+    config.data.path, config.data.vae = str(latents), str(vae)
+    config.data.num_classes, config.data.downsampling = 2, 2
+    config.data.eval_split = "test"
+    return config
+
+
+def test_pixels_train_and_sample(images, tmp_path):
+    assert train(build_experiment(_pixel_config(images)), tmp_path) is None
+    assert sample(tmp_path, num_samples=3)[0].shape == (3, SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("num_classes", [2, 0], ids=["classes", "unconditional"])
+def test_latents_train_and_are_decoded(latents, small_vae, small_vae_folder, num_classes, tmp_path):
+    config = _latent_config(latents, small_vae_folder)
+    config.data.num_classes = num_classes
+    experiment = build_experiment(config)
+    assert train(experiment, tmp_path) is None
+    assert Image.open(tmp_path / "samples" / "step_00000012.png").mode == "RGB"
+    generated, labels = sample(tmp_path, num_samples=3)
+    assert generated.shape == (3, SIZE, SIZE, 3)
+    assert labels.tolist() == ([0, 1, 0] if num_classes else [0, 0, 0])
+
+
+def test_the_codec_of_latents_scales_and_decodes(latents, small_vae, small_vae_folder):
+    vae, params = small_vae
+    config = _latent_config(latents, small_vae_folder)
+    codec = build_codec(config)
+    mean = np.random.default_rng(0).normal(size=(3, 2, 8, 8, 4)).astype(np.float16)
+    log_std = np.full_like(mean, -12)
+    x_0 = codec.encode({"mean": mean, "log_std": log_std}, jax.random.key(0))
+    mirrors = np.stack([mean[:, 0], mean[:, 1]]).astype(np.float32) * vae.scaling_factor
+    assert np.abs(mirrors - x_0).max((2, 3, 4)).min(0).max() < 1e-4  # each row is one of the two
+    decoded = vae.apply({"params": params}, x_0 / vae.scaling_factor, method="decode")
+    np.testing.assert_array_equal(codec.decode(x_0), to_uint8(decoded))
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("image_size", 32, "config.data.image_size = 32, the card has 16"),
+        ("scaling_factor", 0.13025, "config.data.scaling_factor = 0.13025, the card has 0.18215"),
+        ("num_channels", 8, "config.data.num_channels = 8, the card has 4"),
+        ("downsampling", 4, "config.data.downsampling = 4, the card has 2"),
+        ("num_classes", 10, "config.data.num_classes = 10, the card has 2"),
+        ("split", "val", "no finished latents of split 'val'.*it holds the splits test, train"),
+        ("path", "", "needs a path: give --config.data.path"),
+        ("path", "nowhere", "nowhere holds no finished latents"),
+        ("vae", "", "needs the autoencoder that made the latents: give --config.data.vae"),
+        ("vae", "nowhere", "nowhere"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(latents, small_vae_folder, key, value, message):
+    config = _latent_config(latents, small_vae_folder)
+    config.data[key] = value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build_experiment(config)
+
+
+def test_the_encoder_must_be_the_one_that_made_the_latents(latents, small_vae, tmp_path):
+    model, params = small_vae
+    for part in ("encoder", "decoder"):
+        to_diffusers(model, params | {part: jax.tree.map(lambda x: x + 0.01, params[part])}, tmp_path / part)
+    build_experiment(_latent_config(latents, tmp_path / "decoder"))  # trained further: welcome
+    with pytest.raises(ValueError, match="has not the encoder that made the latents"):
+        build_experiment(_latent_config(latents, tmp_path / "encoder"))
+
+
+PROCESS = """
+import json, sys
+import jax
+address, num_processes, index, first_step = sys.argv[1], *map(int, sys.argv[2:])
+if num_processes > 1:
+    jax.distributed.initialize(address, num_processes, index)
+from tiny import tiny_config
+from diffussm_jax.build import build_loaders
+from diffussm_jax.parallel.mesh import batch_to_devices, local_rows, make_mesh
+import itertools
+mesh = make_mesh()
+loader, _ = build_loaders(tiny_config(), mesh)
+batches = list(itertools.islice(loader.iterate(first_step), 100 - first_step))
+assert batch_to_devices(mesh, batches[0])["image"].shape == (8, 8, 8, 1)
+rows = local_rows(mesh, 8).tolist()
+print(json.dumps([rows, [[b["image"].astype(int).sum((1, 2, 3)).tolist(), b["label"].tolist()] for b in batches]]))
+"""
+
+
+def _read_in_processes(num_processes, first_step=0):
+    """[100 - first_step, 2, 8]: what the given number of processes, two devices each, read of each row."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    command = [sys.executable, "-c", PROCESS, address, str(num_processes)]
+    processes = [
+        subprocess.Popen([*command, str(i), str(first_step)], stdout=subprocess.PIPE, text=True, env=environment)
+        for i in range(num_processes)
+    ]
+    read = np.full((100 - first_step, 2, 8), -1)
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        rows, values = json.loads(out)
+        assert (read[..., rows] == -1).all()
+        read[..., rows] = values
+    return read
+
+
+def test_the_first_100_batches_are_the_same_in_two_processes_and_after_a_resume():
+    alone = _read_in_processes(1)
+    assert (alone >= 0).all() and len(np.unique(alone.reshape(100, -1), axis=0)) == 100
+    np.testing.assert_array_equal(_read_in_processes(2), alone)
+    np.testing.assert_array_equal(_read_in_processes(2, first_step=37), alone[37:])
