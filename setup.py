@@ -38,6 +38,8 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # Paths of Google's buckets, gs://...
+        "gcs": ["etils[epath-gcs]"],
         # Pretrained autoencoders by name.
         "hub": ["huggingface_hub"],
         # LSUN's LMDB files.

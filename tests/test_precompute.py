@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import numpy as np
 import pytest
+from etils.epath.backend import fsspec_backend
 from PIL import Image
 
 from diffussm_jax import precompute as program
@@ -217,3 +219,19 @@ def test_a_missing_source_is_named(small_vae_folder, tmp_path):
     done = subprocess.run(_command(tmp_path / "none.zip", small_vae_folder, tmp_path), capture_output=True, text=True)
     assert done.returncode == 1
     assert "none.zip" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_into_a_bucket(small_vae, images, finished, tmp_path, monkeypatch):
+    """gs:// with a file system in memory in place of Google's."""
+
+    def file_system(self, name):
+        return fsspec.filesystem("memory" if name == "gcs" else name)
+
+    monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", file_system)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    job = _job(small_vae, images, "gs://bucket/precomputed")
+    card = precompute(job)
+    assert precompute(job) == card  # finished: left alone
+    assert {shard["file"]: (job.folder / shard["file"]).read_bytes() for shard in card["shards"]} == _shards(finished)
+    assert not (job.folder / "unfinished-train" / "settings.json").exists()
+    assert len(Latents(job.folder, "train")) == 90
