@@ -227,7 +227,8 @@ def _read(job: Job, index: int) -> _Item:
     except BrokenImage as error:
         key, reason = error.args
         return _Item(index, None, 0, key, str(reason))
-    return _Item(index, center_crop(image, job.image_size), label, key, "")
+    image = center_crop(image, job.image_size)
+    return _Item(index, image.repeat(3, -1) if image.shape[-1] == 1 else image, label, key, "")
 
 
 def _items(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Item]]]:

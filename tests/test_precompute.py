@@ -67,6 +67,22 @@ def test_records_are_the_images_encoded(small_vae, images, finished):
         assert data[i]["label"] == label
 
 
+def test_gray_images_are_encoded_as_rgb(small_vae, tmp_path):
+    job = Job(
+        source=Digits("eval"),
+        out=tmp_path,
+        split="eval",
+        image_size=8,
+        vae_name="small",
+        vae=small_vae[0],
+        params=small_vae[1],
+    )
+    assert precompute(job)["num_records"] == 179
+    x = job.source[3].image.astype(np.float32).repeat(3, -1) / 127.5 - 1
+    mean, _ = small_vae[0].apply({"params": small_vae[1]}, x[None], method="encode")
+    np.testing.assert_allclose(Latents(tmp_path, "eval")[3]["mean"][0], mean[0], rtol=2e-3, atol=2e-3)
+
+
 def test_a_finished_split_is_left_alone_or_refused(small_vae, images, finished):
     before = _shards(finished)
     assert precompute(_job(small_vae, images, finished)) == read_card(finished, "train")

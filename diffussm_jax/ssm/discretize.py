@@ -38,9 +38,9 @@ def zoh(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.
     Returns:
       Lambda_bar and B_bar, [D, N/2] complex64.
     """
-    z = _log_powers(Lambda, dt, jnp.ones(1, jnp.float32), "zoh")[..., 0]
-    # expm1, because exp(z) - 1 loses all but a few digits where |z| is small.
-    return jnp.exp(z), jnp.expm1(z) / Lambda * B
+    root, rest = split_transition(Lambda, dt, "zoh")
+    # Not (root + rest) - 1, which loses all but a few digits where the step is small.
+    return root + rest, ((root - 1) + rest) / Lambda * B
 
 
 def bilinear(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +81,7 @@ def transition_powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, di
       ValueError: the discretisation is unknown.
     """
     _check(discretization)
-    return jnp.exp(_log_powers(Lambda, dt, exponents.astype(jnp.float32), discretization))
+    return _powers(Lambda, dt, exponents.astype(jnp.float32), discretization)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -119,20 +119,39 @@ def _split_transition_jvp(discretization, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _log_powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> jax.Array:
-    """l log(Lambda_bar) up to whole turns, for exponents l [K] float32: [D, N/2, K] complex64."""
+def _powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> jax.Array:
+    """Lambda_bar**l for exponents l [K] float32: [D, N/2, K] complex64."""
     turns, turns_low = (x[..., None] for x in _step_turns(Lambda, dt, discretization))
     total, total_low = _exact_product(turns, exponents)
     total_low = total_low + turns_low * exponents
-    angle = np.float32(2 * np.pi) * (total - jnp.round(total) + total_low)
-    return jax.lax.complex(_log_decay(Lambda, dt, discretization)[..., None] * exponents, angle)
+    cos, sin = _cos_sin(total - jnp.round(total) + total_low)
+    magnitude = jnp.exp(_log_decay(Lambda, dt, discretization)[..., None] * exponents)
+    return jax.lax.complex(magnitude * cos, magnitude * sin)
 
 
-@_log_powers.defjvp
-def _log_powers_jvp(discretization, primals, tangents):
+@_powers.defjvp
+def _powers_jvp(discretization, primals, tangents):
     Lambda, dt, exponents = primals
     d_log = _log_transition_jvp(Lambda, dt, *tangents[:2], discretization)
-    return _log_powers(*primals, discretization), d_log[..., None] * exponents.astype(jnp.complex64)
+    powers = _powers(*primals, discretization)
+    return powers, powers * (d_log[..., None] * exponents.astype(jnp.complex64))
+
+
+def _cos_sin(turns: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of an angle in turns, to 1e-7; several times as fast on a CPU as those of radians of any size.
+
+    Quarter turns are taken off, and Taylor polynomials serve for the eighth of a turn that is left.
+    """
+    quarters = jnp.round(4 * turns)
+    x = np.float32(2 * np.pi) * (turns - quarters / 4)
+    x2 = x * x
+    sin = x * (1 + x2 * (-1 / 6 + x2 * (1 / 120 + x2 * (-1 / 5040 + x2 / 362880))))
+    cos = 1 + x2 * (-1 / 2 + x2 * (1 / 24 + x2 * (-1 / 720 + x2 / 40320)))
+    quarter = quarters.astype(jnp.int32) & 3
+    is_odd = (quarter & 1) == 1
+    cos_sign = jnp.where((quarter == 1) | (quarter == 2), -1, 1).astype(jnp.float32)
+    sin_sign = jnp.where(quarter >= 2, -1, 1).astype(jnp.float32)
+    return cos_sign * jnp.where(is_odd, sin, cos), sin_sign * jnp.where(is_odd, cos, sin)
 
 
 def _log_transition_jvp(Lambda, dt, d_Lambda, d_dt, discretization):
