@@ -16,6 +16,8 @@ import collections
 import dataclasses
 import json
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -384,7 +386,7 @@ def draw_reconstructions(job: Job) -> np.ndarray:
 
 
 def main() -> int:
-    """Precomputes or verifies as the flags say; returns the exit code."""
+    """Precomputes or verifies as the flags say; returns the exit code: 0, or 130 when stopped by Ctrl-C."""
     if _SOURCE.value is None or _OUT.value is None:
         raise app.UsageError("give --source=IMAGES and --out=FOLDER")
     cli.join_hosts(_DISTRIBUTED.value)
@@ -413,7 +415,11 @@ def main() -> int:
         save_png(path, draw_reconstructions(job))
         print(f"Originals and, below, reconstructions: {path}")
         return 0
-    card = precompute(job)
+    try:
+        card = precompute(job)
+    except KeyboardInterrupt:
+        print(f"Stopped; finished shards are kept in {out}, and the same command goes on from there.", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(
         f"{card['num_records']:,} latents of {card['num_images']:,} images ({len(card['skipped'])} skipped) in {out}, "
         f"split {job.split!r}."

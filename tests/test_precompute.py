@@ -135,6 +135,16 @@ def test_killed_at_any_moment_and_run_again(small_vae, images, small_vae_folder,
     assert not list(tmp_path.glob("unfinished*")) and not list(tmp_path.glob("*.partial"))
 
 
+def test_ctrl_c_says_how_to_go_on(images, small_vae_folder, tmp_path):
+    process = subprocess.Popen(_command(images, small_vae_folder, tmp_path), stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*.partial")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped; finished shards are kept" in error and "Traceback" not in error
+
+
 def test_only_missing_shards_are_made_again(small_vae, images, tmp_path, monkeypatch):
     job = _job(small_vae, images, tmp_path)
     write, calls = program.latents.write_card, []
