@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers
 from diffussm_jax.config import validate
 from diffussm_jax.data.latents import Latents, draw_latents, read_card
-from diffussm_jax.data.loader import Loader, Records
+from diffussm_jax.data.loader import Loader
 from diffussm_jax.data.pixels import Pixels
 from diffussm_jax.data.sources import Digits, open_source
 from diffussm_jax.data.transforms import random_flip, to_uint8, to_unit_range
@@ -49,7 +49,7 @@ def build_schedule(config: ConfigDict) -> Schedule:
     return SCHEDULES[config.diffusion.schedule](config.diffusion.num_steps)
 
 
-def build_records(config: ConfigDict, split: str) -> Records:
+def build_records(config: ConfigDict, split: str) -> Latents | Pixels:
     """One split of the data that `config.data` names.
 
     Raises:
@@ -90,10 +90,17 @@ def _check_card(data: ConfigDict, card: dict) -> None:
 def build_loaders(config: ConfigDict, mesh: Mesh) -> tuple[Loader, Loader | None]:
     """The training data of `config.data`, and the held-out data if there are any; errors as `build_records`."""
     data, options = config.data, {"num_threads": config.data.num_threads, "rows": local_rows(mesh, config.batch_size)}
-    held_out = None
-    if data.eval_split:
-        held_out = Loader(build_records(config, data.eval_split), config.batch_size, None, **options)
-    return Loader(build_records(config, data.split), config.batch_size, config.seed, **options), held_out
+    training = build_records(config, data.split)
+    loader = Loader(training, config.batch_size, config.seed, **options)
+    if not data.eval_split:
+        return loader, None
+    held_out = build_records(config, data.eval_split)
+    if held_out.class_names != training.class_names:
+        raise ValueError(
+            f"the classes of split {data.split!r} are {training.class_names}, those of {data.eval_split!r} are "
+            f"{held_out.class_names}: their labels do not agree"
+        )
+    return loader, Loader(held_out, config.batch_size, None, **options)
 
 
 class Codec(NamedTuple):
@@ -157,8 +164,8 @@ def build_autoencoder(config: ConfigDict) -> tuple[AutoencoderKL, dict]:
     data = config.data
     if not data.vae:
         raise ValueError(
-            "decoding samples needs the autoencoder that made the latents: give --config.data.vae=..., or "
-            "--config.sample_every=0"
+            "decoding samples needs the autoencoder that made the latents: give --config.data.vae=... (or "
+            "--config.sample_every=0 to train without samples; or --vae=... to diffussm_jax.sample)"
         )
     vae, params = from_diffusers(data.vae)
     found = {

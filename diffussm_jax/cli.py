@@ -13,7 +13,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
 
     A program that may be imported beside another one has `flag_values` of its own, so that names do not collide.
 
-    A ValueError or FileNotFoundError, with which the package says what is wrong with its input, is printed without a
+    A ValueError, with which the package says what is wrong with its input, or an OSError is printed without a
     traceback, and the code is 1; with --verbosity=1 the traceback comes too. Libraries' messages below a warning are
     hidden (--verbosity=0 shows them).
     """
@@ -26,7 +26,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
             logging.set_verbosity(logging.WARNING)
         try:
             return main(*argv[1:])
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             if logging.level_debug():
                 raise
             print(f"error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ each of several hosts runs the command and makes its share of the shards.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -45,7 +46,7 @@ _SOURCE = flags.DEFINE_string(
 )
 _SPLIT = flags.DEFINE_string("split", "train", "The name of the split that is written.", flag_values=_FLAGS)
 _SOURCE_SPLIT = flags.DEFINE_string(
-    "source_split", "", "Of the source: a top folder, or TFDS's; empty for all.", flag_values=_FLAGS
+    "source_split", "", "Of the source: a top folder (empty: all), or the digits' or TFDS's.", flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string("out", None, "The folder of the data set.", flag_values=_FLAGS)
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "In pixels, after the crop.", lower_bound=1, flag_values=_FLAGS)
@@ -124,7 +125,7 @@ class Job:
             "source": self.source.description,
             "source_fingerprint": self.source.fingerprint(),
             "num_images": len(self.source),
-            "class_names": list(self.source.class_names),
+            "class_names": [_text(name) for name in self.source.class_names],
             "image_size": self.image_size,
             "crop": "center",
             "latent_shape": [size, size, self.vae.latent_channels],
@@ -171,16 +172,17 @@ class _Progress:
 
     def read(self, shard: int) -> dict | None:
         """What `finished` wrote, if the shard is there."""
-        name = latents.shard_name(self._job.split, shard, self._job.num_shards)
-        if not (self._path(shard).exists() and (self._job.folder / name).exists()):
+        if not self._path(shard).exists():
             return None
-        return json.loads(self._path(shard).read_text())
+        note = json.loads(self._path(shard).read_text())
+        return note if latents.has_shard(self._job.folder, note["shard"]) else None
 
     def finished(self, shard: int, about: dict, skipped: list[dict]) -> None:
         """Notes a shard that is there under its name."""
         latents.write_whole(self._path(shard), json.dumps({"shard": about, "skipped": skipped}))
 
     def delete(self) -> None:
+        """Ends it: the card says all of it."""
         self._folder.rmtree()
 
 
@@ -223,14 +225,19 @@ class _Item:
     reason: str
 
 
+def _text(name: str) -> str:
+    """A file's name as UTF-8 can hold it: bytes that are none are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _read(job: Job, index: int) -> _Item:
     try:
         image, label, key = job.source[index]
     except BrokenImage as error:
         key, reason = error.args
-        return _Item(index, None, 0, key, str(reason))
+        return _Item(index, None, 0, _text(key), _text(str(reason)))
     image = center_crop(image, job.image_size)
-    return _Item(index, image.repeat(3, -1) if image.shape[-1] == 1 else image, label, key, "")
+    return _Item(index, image.repeat(3, -1) if image.shape[-1] == 1 else image, label, _text(key), "")
 
 
 def _items(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Item]]]:
@@ -282,32 +289,53 @@ def precompute(job: Job) -> dict:
         raise ValueError(
             f"--image_size={job.image_size} is not a multiple of the autoencoder's downsampling {job.vae.downsampling}"
         )
+    latents.check_split_name(job.split)
     settings = job.settings()
     if (job.folder / latents.card_name(job.split)).exists():
         return _check_finished(job, settings)
+    latents.check_joins(job.folder, job.split, settings)
     encode = make_encoder(job)
     progress = _Progress(job, settings)
-    ours = range(jax.process_index(), job.num_shards, jax.process_count())
-    missing = [shard for shard in ours if progress.read(shard) is None]
-    _write_shards(job, encode, progress, missing, settings)
-    _wait_for_all_hosts()
-    if jax.process_index() == 0:
-        notes = [progress.read(shard) for shard in range(job.num_shards)]
-        lost = [shard for shard, note in enumerate(notes) if note is None]
-        if lost:
-            raise ValueError(f"shards {lost} are not in {job.folder}: do all hosts see the same folder?")
-        skipped = [item for note in notes for item in note["skipped"]]
-        latents.write_card(job.folder, job.split, settings, [note["shard"] for note in notes], skipped)
-        progress.delete()
-    _wait_for_all_hosts()
+    with _on_all_hosts():
+        ours = range(jax.process_index(), job.num_shards, jax.process_count())
+        missing = [shard for shard in ours if progress.read(shard) is None]
+        _write_shards(job, encode, progress, missing, settings)
+    with _on_all_hosts():
+        if jax.process_index() == 0:
+            _finish(job, progress, settings)
     return latents.read_card(job.folder, job.split)
 
 
-def _wait_for_all_hosts() -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def _finish(job: Job, progress: _Progress, settings: dict) -> None:
+    """Writes the card, when all hosts have written their shards."""
+    notes = [progress.read(shard) for shard in range(job.num_shards)]
+    lost = [shard for shard, note in enumerate(notes) if note is None]
+    if lost:
+        raise ValueError(f"shards {lost} are not in {job.folder}: do all hosts see the same folder?")
+    skipped = [item for note in notes for item in note["skipped"]]
+    _check_bad(job, skipped)
+    latents.write_card(job.folder, job.split, settings, [note["shard"] for note in notes], skipped)
+    progress.delete()
 
-        multihost_utils.sync_global_devices("diffussm_jax.precompute")
+
+@contextlib.contextmanager
+def _on_all_hosts():
+    """Waits at the end for all hosts to come there; where one failed, all fail, instead of waiting for it for ever."""
+    if jax.process_count() == 1:
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        error = e
+    have_failed = multihost_utils.process_allgather(np.array([error is not None])).ravel()
+    if error is not None:
+        raise error
+    if have_failed.any():
+        raise ValueError(f"host {have_failed.argmax()} failed, and says why; finished shards are kept")
 
 
 def _check_finished(job: Job, settings: dict) -> dict:
@@ -319,15 +347,15 @@ def _check_finished(job: Job, settings: dict) -> dict:
         raise ValueError(
             f"{job.folder} already holds split {job.split!r}, of other settings:\n  " + "\n  ".join(differing)
         )
+    latents.check_shards(job.folder, card)
     return card
 
 
 def _write_shards(job: Job, encode, progress: _Progress, shards: list[int], settings: dict) -> None:
     """Makes shards, in order, and notes each when it is finished."""
-    total = sum(len(job.shard_range(shard)) for shard in range(job.num_shards))
     todo = sum(len(job.shard_range(shard)) for shard in shards)
     finished = [note for shard in range(job.num_shards) if (note := progress.read(shard))]
-    num_bad, started = sum(len(note["skipped"]) for note in finished), time.time()
+    all_skipped, started = [item for note in finished for item in note["skipped"]], time.time()
     writer, skipped = None, []
     try:
         with tqdm(total=todo, unit="image", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
@@ -341,9 +369,10 @@ def _write_shards(job: Job, encode, progress: _Progress, shards: list[int], sett
                 if good:
                     for item, mean, log_std in zip(good, *map(np.asarray, encoded), strict=False):
                         writer.write(mean, log_std, item.label, item.key)
-                skipped += [{"index": item.index, "key": item.key, "reason": item.reason} for item in bad]
-                num_bad += len(bad)
-                _check_bad(job, num_bad, total, bad)
+                bad = [{"index": item.index, "key": item.key, "reason": item.reason} for item in bad]
+                skipped += bad
+                all_skipped += bad
+                _check_bad(job, all_skipped)
                 bar.update(len(batch))
                 if not batch:
                     progress.finished(shard, writer.finish(), skipped)
@@ -357,11 +386,11 @@ def _write_shards(job: Job, encode, progress: _Progress, shards: list[int], sett
             writer.discard()
 
 
-def _check_bad(job: Job, num_bad: int, total: int, newest: list[_Item]) -> None:
-    if newest and num_bad > job.max_bad_fraction * total:
+def _check_bad(job: Job, skipped: list[dict]) -> None:
+    if len(skipped) > job.max_bad_fraction * len(job.source):
         raise ValueError(
-            f"{num_bad} broken images are more than max_bad_fraction = {job.max_bad_fraction} of {total}; the last: "
-            f"{newest[-1].key}: {newest[-1].reason}. Finished shards are kept."
+            f"{len(skipped)} broken images are more than max_bad_fraction = {job.max_bad_fraction} of "
+            f"{len(job.source)}; the last: {skipped[-1]['key']}: {skipped[-1]['reason']}. Finished shards are kept."
         )
 
 

@@ -42,6 +42,9 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=_FLAGS
 )
+_VAE = flags.DEFINE_string(
+    "vae", None, "The autoencoder that decodes latents; the config's if not given.", flag_values=_FLAGS
+)
 
 _GRID_COLUMNS = 10
 _MAX_GRID_IMAGES = 100
@@ -86,6 +89,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 256,
     checkpoint: str = "latest",
+    vae: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples from the averaged weights of a run. What is None is as the run's config says.
 
@@ -99,6 +103,7 @@ def sample(
       seed: of the noise. The same seed and batch size give the same images.
       batch_size: images at a time.
       checkpoint: "latest", "best" or a step.
+      vae: a diffusers folder or repository of the autoencoder that decodes latents.
 
     Returns:
       images [N, H, W, C] uint8, labels [N] int32.
@@ -110,6 +115,7 @@ def sample(
     config = load_config(workdir)
     overrides = {"guidance_scale": guidance_scale, "sampler": sampler, "num_steps": steps}
     config.sampling.update({k: v for k, v in overrides.items() if v is not None})
+    config.data.vae = vae or config.data.vae
     config.mesh.data = 1
     validate(config)
     codec = build_codec(config)
@@ -164,6 +170,7 @@ def main() -> int:
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
         checkpoint=_CHECKPOINT.value,
+        vae=_VAE.value,
     )
     png, npz = save_samples(images, labels, _OUT.value or epath.Path(_WORKDIR.value) / "samples" / "final")
     print(f"Wrote {png} and {npz}.")

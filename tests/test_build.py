@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -192,3 +193,30 @@ def test_the_first_100_batches_are_the_same_in_two_processes_and_after_a_resume(
     assert (alone >= 0).all() and len(np.unique(alone.reshape(100, -1), axis=0)) == 100
     np.testing.assert_array_equal(_read_in_processes(2), alone)
     np.testing.assert_array_equal(_read_in_processes(2, first_step=37), alone[37:])
+
+
+def test_labels_of_two_splits_must_agree(images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "test" / "photograph_1").rename(tmp_path / "images" / "test" / "photograph_2")
+    with pytest.raises(ValueError, match="photograph_2.*: their labels do not agree"):
+        build_experiment(_pixel_config(tmp_path / "images"))
+
+
+def test_a_broken_image_of_a_pixel_run_is_named(images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "train" / "photograph_0" / "07.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="photograph_0/07.png: the file is empty; remove it to train"):
+        train(build_experiment(_pixel_config(tmp_path / "images")), tmp_path / "run")
+
+
+def test_another_decoder_may_be_given_to_sample(latents, small_vae, small_vae_folder, tmp_path):
+    config = _latent_config(latents, "")
+    config.sample_every = 0
+    assert train(build_experiment(config), tmp_path / "run") is None
+    with pytest.raises(ValueError, match=r"or --vae=\.\.\. to diffussm_jax.sample"):
+        sample(tmp_path / "run", num_samples=2)
+    model, params = small_vae
+    to_diffusers(model, params | {"decoder": jax.tree.map(lambda x: x + 0.1, params["decoder"])}, tmp_path / "vae")
+    mine, _ = sample(tmp_path / "run", num_samples=2, vae=str(small_vae_folder))
+    others, _ = sample(tmp_path / "run", num_samples=2, vae=str(tmp_path / "vae"))
+    assert mine.shape == others.shape and (mine != others).any()

@@ -1,6 +1,10 @@
 """Latents precomputed from images: the same bytes after kills, broken images counted, wrong input refused."""
 
+import dataclasses
+import errno
 import itertools
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,3 +265,79 @@ def test_into_a_bucket(small_vae, images, finished, tmp_path, monkeypatch):
     assert {shard["file"]: (job.folder / shard["file"]).read_bytes() for shard in card["shards"]} == _shards(finished)
     assert not (job.folder / "unfinished-train" / "settings.json").exists()
     assert len(Latents(job.folder, "train")) == 90
+
+
+def test_a_kill_before_the_card_is_made_good(small_vae, images, finished, tmp_path, monkeypatch):
+    write_whole = program.latents.write_whole
+
+    def die_at_the_card(path, text):
+        if path.name == "card-train.json":
+            raise KeyboardInterrupt
+        write_whole(path, text)
+
+    monkeypatch.setattr(program.latents, "write_whole", die_at_the_card)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(_job(small_vae, images, tmp_path))
+    with pytest.raises(FileNotFoundError, match="no finished latents"):
+        Latents(tmp_path, "train")
+    monkeypatch.undo()
+    precompute(_job(small_vae, images, tmp_path))
+    assert len(Latents(tmp_path, "train")) == 90 and _shards(tmp_path) == _shards(finished)
+    assert not list(tmp_path.glob("unfinished*"))
+
+
+class _Unreliable:
+    """A source that fails as a lost disk does, from some item on, while it is broken."""
+
+    def __init__(self, source):
+        self.source, self.is_broken = source, True
+        self.class_names, self.description, self.fingerprint = source.class_names, "unreliable", source.fingerprint
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if self.is_broken and index >= 30:
+            raise OSError(errno.EIO, "Input/output error")
+        return self.source[index]
+
+
+def test_a_lost_disk_is_no_broken_image(small_vae, images, finished, tmp_path):
+    job = _job(small_vae, images, tmp_path, max_bad_fraction=1.0)
+    source = _Unreliable(job.source)
+    job = dataclasses.replace(job, source=source)
+    with pytest.raises(OSError, match="Input/output error"):
+        precompute(job)
+    source.is_broken = False
+    assert not precompute(job)["skipped"]
+    assert _shards(tmp_path) == _shards(finished)
+
+
+def test_the_bad_fraction_counts_at_the_end_too(small_vae, torn, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(program, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        precompute(_job(small_vae, torn, out, max_bad_fraction=0.3))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="21 broken images are more than max_bad_fraction = 0.1 of 90"):
+        precompute(_job(small_vae, torn, out, max_bad_fraction=0.1))
+
+
+def test_names_that_are_not_utf_8(small_vae, tmp_path):
+    folder = os.fsencode(tmp_path / "images" / "train") + b"/caf\xe9"
+    os.makedirs(folder)
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "image.png")
+    shutil.copy(tmp_path / "image.png", folder + b"/\xff.png")
+    card = precompute(_job(small_vae, tmp_path / "images", tmp_path / "out"))
+    assert card["class_names"] == ["caf\\udce9"]
+    assert len(Latents(tmp_path / "out", "train")) == 1
+
+
+def test_a_split_that_does_not_fit_its_folder_is_refused_before_any_work(small_vae, images, tmp_path, monkeypatch):
+    precompute(_job(small_vae, images, tmp_path))
+    monkeypatch.setattr(program, "make_encoder", lambda job: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match="image_size is 8 in split 'val', 16 in split 'train'"):
+        precompute(_job(small_vae, images, tmp_path, split="val", image_size=8))
+    for name in ("all", "train[:1]", "a/b", ""):
+        with pytest.raises(ValueError, match="a split's name is letters"):
+            precompute(_job(small_vae, images, tmp_path, split=name))

@@ -4,9 +4,11 @@ Nothing is ever unpacked to disk. Many threads may read one source; each read op
 another.
 """
 
+import errno
 import hashlib
 import io
 import os
+import stat
 import struct
 import tarfile
 import warnings
@@ -148,7 +150,11 @@ class _Files:
         key = self._keys[index]
         try:
             data = self._read(key)
-        except Exception as error:  # zipfile raises a dozen types for damaged members, file systems their own
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a lost disk or network is no broken image; an offset that cannot be is
+                raise
+            raise BrokenImage(key, f"cannot be read: {error}") from error
+        except Exception as error:  # zipfile raises a dozen types for damaged members
             raise BrokenImage(key, f"cannot be read: {type(error).__name__}: {error}") from error
         return Example(decode_image(data, key), int(self._labels[index]), key)
 
@@ -156,7 +162,7 @@ class _Files:
         return fingerprint((key, self._stamp(key)) for key in self._keys)
 
     def _read(self, key: str) -> bytes:
-        """The file's content; may raise anything."""
+        """The file's content. An OSError says that the source is out of reach, anything else that it is broken."""
         raise NotImplementedError
 
     def _stamp(self, key: str) -> object:
@@ -200,6 +206,11 @@ class ImageFolder(_Files):
         super().__init__("folder", self._path, list(_walk(self._path)), split)
 
     def _read(self, key: str) -> bytes:
+        if not _is_remote(self._path):
+            about = os.stat(self._path / key)
+            if not stat.S_ISREG(about.st_mode):  # reading a pipe or a device might never end
+                raise ValueError("it is no regular file")
+            _check_size(about.st_size)
         return (self._path / key).read_bytes()
 
     def _stamp(self, key: str) -> int:

@@ -15,10 +15,13 @@ temporary folder and copied, and copied to this machine's cache before they are 
     key             the image's name in its source
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -49,7 +52,7 @@ def is_remote(path: epath.PathLike) -> bool:
 
 def write_whole(path: epath.Path, text: str) -> None:
     """Writes a text file so that a reader sees all of it or none."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # of its own, should other hosts write it too
     partial.write_text(text)
     partial.replace(path)
 
@@ -85,7 +88,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: epath.Path,
+        folder: epath.PathLike,
         split: str,
         index: int,
         num_shards: int,
@@ -97,7 +100,7 @@ class ShardWriter:
 
         self._features = _features(latent_shape, class_names)
         self._serializer = ExampleSerializer(self._features.get_serialized_info())
-        self._path = folder / shard_name(split, index, num_shards)
+        self._path = epath.Path(folder) / shard_name(split, index, num_shards)
         self._partial = self._path.with_name(self._path.name + ".partial")
         if is_remote(folder):
             self._partial = epath.Path(tempfile.mkdtemp(prefix="diffussm_jax_")) / self._partial.name
@@ -126,10 +129,13 @@ class ShardWriter:
     def finish(self) -> dict:
         """Names the shard, and returns what the card says of it, with the sums that make the card's statistics."""
         self._writer.close()
+        with open(self._partial, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before it has its name
         about = {
             "file": self._path.name,
             "num_records": self._num_records,
             "num_bytes": self._num_bytes,
+            "file_bytes": self._partial.stat().length,
             "sha256": file_sha256(self._partial),
             "sums": self._sums.tolist(),
         }
@@ -142,12 +148,17 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Deletes what was written."""
-        self._writer.close()
+        with contextlib.suppress(Exception):  # it may be a failed write that led here
+            self._writer.close()
         self._partial.unlink(missing_ok=True)
+        if is_remote(self._path):
+            self._partial.parent.rmtree()
 
 
-def write_card(folder: epath.Path, split: str, settings: Mapping, shards: Sequence[Mapping], skipped: Sequence) -> dict:
-    """Completes a split: its card, then TFDS's metadata, which makes it readable.
+def write_card(
+    folder: epath.PathLike, split: str, settings: Mapping, shards: Sequence[Mapping], skipped: Sequence
+) -> dict:
+    """Completes a split: TFDS's metadata, then its card, which makes it a finished one.
 
     Args:
       folder: of the data set.
@@ -163,7 +174,7 @@ def write_card(folder: epath.Path, split: str, settings: Mapping, shards: Sequen
     Raises:
       ValueError: another split in the folder is of other settings, or no image is left.
     """
-    num_records = sum(shard["num_records"] for shard in shards)
+    folder, num_records = epath.Path(folder), sum(shard["num_records"] for shard in shards)
     if not num_records:
         raise ValueError(f"no image could be read: all {len(skipped)} were skipped")
     mean, square, variance = np.sum([shard["sums"] for shard in shards], 0) / num_records
@@ -181,11 +192,17 @@ def write_card(folder: epath.Path, split: str, settings: Mapping, shards: Sequen
         "shards": [{key: value for key, value in shard.items() if key != "sums"} for shard in shards],
     }
     cards = {other: read_card(folder, other) for other in _splits(folder) if other != split} | {split: card}
-    for other, its_card in cards.items():
-        check_same_kind(card, its_card, f"split {split!r}", f"split {other!r} of {folder}")
-    write_whole(folder / card_name(split), json.dumps(card, indent=1))
+    check_joins(folder, split, settings)
     _write_metadata(folder, cards)
+    write_whole(folder / card_name(split), json.dumps(card, indent=1))
     return card
+
+
+def check_joins(folder: epath.Path, split: str, settings: Mapping) -> None:
+    """Refuses a split that does not belong to the other splits of a folder; ValueError as `check_same_kind`."""
+    for other in _splits(folder):
+        if other != split:
+            check_same_kind(settings, read_card(folder, other), f"split {split!r}", f"split {other!r} of {folder}")
 
 
 def check_same_kind(ours: Mapping, theirs: Mapping, our_name: str, their_name: str) -> None:
@@ -207,6 +224,12 @@ def check_same_kind(ours: Mapping, theirs: Mapping, our_name: str, their_name: s
     ]
     if differing:
         raise ValueError("these do not make one data set: " + "; ".join(differing))
+
+
+def check_split_name(split: str) -> None:
+    """ValueError unless TFDS can have a split of that name."""
+    if not re.fullmatch(r"\w[\w-]*", split) or split == "all":
+        raise ValueError(f"a split's name is letters, digits, _ and -, and not 'all'; got {split!r}")
 
 
 def _splits(folder: epath.Path) -> list[str]:
@@ -266,6 +289,19 @@ def read_card(folder: epath.PathLike, split: str) -> dict:
     return card
 
 
+def has_shard(folder: epath.Path, shard: Mapping) -> bool:
+    """Whether a shard is there, and as long as `ShardWriter.finish` said."""
+    path = folder / shard["file"]
+    return path.exists() and path.stat().length == shard["file_bytes"]
+
+
+def check_shards(folder: epath.Path, card: Mapping) -> None:
+    """FileNotFoundError unless all shards of a card are there, at their length."""
+    missing = [shard["file"] for shard in card["shards"] if not has_shard(folder, shard)]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards or has them cut short: {missing[0]} ...")
+
+
 def _local_copy(folder: epath.Path, card: Mapping) -> epath.Path:
     """A folder of this machine with a split of a bucket in it; what is there already is not copied again."""
     wanted = {shard["file"]: shard["sha256"] for shard in card["shards"]}
@@ -304,9 +340,8 @@ class Latents:
 
         folder = epath.Path(folder)
         self.card = read_card(folder, split)
-        missing = [shard["file"] for shard in self.card["shards"] if not (folder / shard["file"]).exists()]
-        if missing:
-            raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards, the first {missing[0]}")
+        self.class_names = tuple(self.card["class_names"])
+        check_shards(folder, self.card)
         if is_remote(folder):
             folder = _local_copy(folder, self.card)
         try:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from diffussm_jax.data.images import BrokenImage
 from diffussm_jax.data.sources import Source
 from diffussm_jax.data.transforms import center_crop
 
@@ -9,7 +10,7 @@ from diffussm_jax.data.transforms import center_crop
 class Pixels:
     """A source's images as records {"image": [size, size, C] uint8, "label": int32}, cropped at the centre.
 
-    A broken image raises `BrokenImage`.
+    A broken image is a ValueError that names it.
 
     Args:
       source: of images.
@@ -21,6 +22,7 @@ class Pixels:
     """
 
     def __init__(self, source: Source, size: int, num_channels: int):
+        self.class_names = source.class_names
         self._source, self._size = source, size
         found = source[0].image.shape[-1]
         if found != num_channels:
@@ -32,7 +34,10 @@ class Pixels:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        image, label, _ = self._source[index]
+        try:
+            image, label, _ = self._source[index]
+        except BrokenImage as error:
+            raise ValueError(f"{self._source.description}: {error}; remove it to train") from error
         if image.shape[:2] != (self._size, self._size):
             image = center_crop(image, self._size)
         return {"image": image, "label": np.int32(label)}

@@ -198,7 +198,7 @@ class TFDS:
 
     Args:
       name_or_dir: TFDS's name ("imagenet2012:5.1.0"), or the folder that holds dataset_info.json.
-      split: in TFDS's words ("train", "train[:90%]"); "" for all.
+      split: in TFDS's words ("train", "train[:90%]"); "" if there is only one.
       data_dir: where TFDS keeps its data sets; None for its default.
 
     Raises:
@@ -210,7 +210,9 @@ class TFDS:
         import tensorflow_datasets as tfds
 
         info = builder.info
-        split = split or "+".join(sorted(info.splits))
+        if not split and len(info.splits) > 1:
+            raise ValueError(f"tfds {info.full_name} has the splits {', '.join(info.splits)}: choose one")
+        split = split or next(iter(info.splits), "")
         self.description = f"tfds {info.full_name}, split {split}"
         self._image, self._label = _find_features(info)
         is_encoded = isinstance(info.features[self._image], tfds.features.Image)
@@ -232,6 +234,8 @@ class TFDS:
         key = str(index)
         try:
             record = self._records[index]
+        except OSError:
+            raise
         except Exception as error:  # protobuf's, array_record's, ...
             raise BrokenImage(key, f"cannot be read: {type(error).__name__}: {error}") from error
         image = record[self._image]
