@@ -2,7 +2,7 @@
 
 python -m diffussm_jax.main --config=configs/digits.py --workdir=runs/digits
 
-On two CPU cores about 4.5 minutes. Expected: at least 95 % of its samples recognised as their label by a classifier
+On two CPU cores 2.5 to 4.5 minutes. Expected: at least 95 % of its samples recognised as their label by a classifier
 trained on real digits (`pytest -n 0 -m slow`). Small batches and many steps serve best in that time; more guidance
 makes the digits plainer and more alike.
 """

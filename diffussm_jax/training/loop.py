@@ -12,7 +12,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
@@ -158,11 +158,13 @@ class _Clock:
     def __init__(self):
         self._seconds, self._waited, self._started = 0.0, 0.0, time.perf_counter()
 
-    @contextlib.contextmanager
-    def waiting_for_data(self):
-        started = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - started
+    def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, and how long each was waited for counts as waiting for data."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - started
+            yield batch
 
     @contextlib.contextmanager
     def paused(self, state: TrainState):
@@ -237,15 +239,13 @@ class _Run:
     def run(self, state: TrainState, step: int) -> int | None:
         e = self._experiment
         saved_step = step
-        batches = prefetch(e.train_loader.iterate(step), self._to_devices)
+        batches = prefetch(self._clock.waiting_for(e.train_loader.iterate(step)), self._to_devices)
         with (
             _stop_on_signal() as stopped,
             tqdm(total=e.num_steps, initial=step, unit="step", dynamic_ncols=True) as bar,
         ):
             while step < e.num_steps and not stopped():
-                with self._clock.waiting_for_data():
-                    batch = next(batches)
-                state = self._train_step(state, batch)
+                state = self._train_step(state, next(batches))
                 step += 1
                 bar.update()
                 is_last = step == e.num_steps
