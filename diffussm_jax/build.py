@@ -49,8 +49,8 @@ def build_schedule(config: ConfigDict) -> Schedule:
     return SCHEDULES[config.diffusion.schedule](config.diffusion.num_steps)
 
 
-def build_records(config: ConfigDict, split: str) -> Latents | Pixels:
-    """One split of the data that `config.data` names.
+def build_records(config: ConfigDict, split: str, *, is_cropped: bool = True) -> Latents | Pixels:
+    """One split of the data that `config.data` names; images cropped, or as large as they are.
 
     Raises:
       ValueError: the data do not fit the config; both values are named.
@@ -69,7 +69,7 @@ def build_records(config: ConfigDict, split: str) -> Latents | Pixels:
             f"config.data.num_classes = {data.num_classes}, but {source.description} has {len(source.class_names)} "
             "classes (0 trains without them)"
         )
-    return Pixels(source, data.image_size, data.num_channels)
+    return Pixels(source, data.image_size, data.num_channels, is_cropped=is_cropped)
 
 
 def _check_card(data: ConfigDict, card: dict) -> None:
@@ -90,8 +90,9 @@ def _check_card(data: ConfigDict, card: dict) -> None:
 def build_loaders(config: ConfigDict, mesh: Mesh) -> tuple[Loader, Loader | None]:
     """The training data of `config.data`, and the held-out data if there are any; errors as `build_records`."""
     data, options = config.data, {"num_threads": config.data.num_threads, "rows": local_rows(mesh, config.batch_size)}
-    training = build_records(config, data.split)
-    loader = Loader(training, config.batch_size, config.seed, **options)
+    training = build_records(config, data.split, is_cropped=not data.random_crop)
+    augment = training.crop_at_random if data.random_crop else None
+    loader = Loader(training, config.batch_size, config.seed, augment=augment, **options)
     if not data.eval_split:
         return loader, None
     held_out = build_records(config, data.eval_split)

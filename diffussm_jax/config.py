@@ -125,6 +125,7 @@ def default_config() -> ConfigDict:
     config.data.image_size = 8  # pixels
     config.data.num_channels = 1  # of what the model sees: pixels or latents
     config.data.num_classes = 10  # 0: unconditional
+    config.data.random_crop = False  # of pixels: scaled and placed at random, as ADM's; else at the centre
     config.data.random_flip = False  # mirrors half of the images (latents: always)
     config.data.num_threads = 4  # that read ahead, a batch each
     # Of the autoencoder of latents; a data set's card must agree.
@@ -270,6 +271,8 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
             f"config.data.downsampling and scaling_factor must be 1 for pixels, got {data.downsampling} and "
             f"{data.scaling_factor}"
         )
+    if data.random_crop and data.source != "images":
+        raise ValueError(f"config.data.random_crop is for the source images, not {data.source}")
     data_axis = num_devices if config.mesh.data == -1 else config.mesh.data
     if not 1 <= data_axis <= num_devices:
         raise ValueError(f"config.mesh.data must be -1 or from 1 to the {num_devices} devices, got {config.mesh.data}")

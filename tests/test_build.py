@@ -220,3 +220,17 @@ def test_another_decoder_may_be_given_to_sample(latents, small_vae, small_vae_fo
     mine, _ = sample(tmp_path / "run", num_samples=2, vae=str(small_vae_folder))
     others, _ = sample(tmp_path / "run", num_samples=2, vae=str(tmp_path / "vae"))
     assert mine.shape == others.shape and (mine != others).any()
+
+
+def test_random_crops_follow_from_the_step(images):
+    config = _pixel_config(images)
+    config.data.image_size, config.data.random_crop = 8, True
+    a, b = (build_experiment(config).train_loader for _ in range(2))
+    for step in (0, 5):
+        np.testing.assert_array_equal(a.batch(step)["image"], b.batch(step)["image"])
+    assert a.batch(0)["image"].shape == (8, 8, 8, 3)
+    centered = _pixel_config(images)
+    centered.data.image_size = 8
+    assert (build_experiment(centered).train_loader.batch(0)["image"] != a.batch(0)["image"]).any()
+    epochs = [np.concatenate([a.batch(3 * epoch + i)["image"] for i in range(3)]).sum() for epoch in range(4)]
+    assert len(set(epochs)) == 4  # the same images, other crops

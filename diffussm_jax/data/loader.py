@@ -34,6 +34,8 @@ class Loader:
       seed: of the order; None for the records' own order.
       rows: [b] int, the rows of each global batch that this process reads; None for all.
       num_threads: that read ahead, a batch each.
+      augment: (record, generator) -> record, for what is drawn at random on the host; its draws follow from the seed
+        and the record's position in the order alone.
 
     Raises:
       ValueError: there are no records.
@@ -47,6 +49,7 @@ class Loader:
         *,
         rows: np.ndarray | None = None,
         num_threads: int = 4,
+        augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
     ):
         if not len(records):
             raise ValueError("the data set holds no records")
@@ -54,7 +57,7 @@ class Loader:
         self._num_records = len(records)
         self._num_threads = num_threads
         rows = np.arange(batch_size) if rows is None else rows
-        stream = grain.MapDataset.source(_Stream(records, batch_size, rows, seed))
+        stream = grain.MapDataset.source(_Stream(records, batch_size, rows, seed, augment))
         self._batches = stream.batch(len(rows))
 
     def __len__(self) -> int:
@@ -74,8 +77,9 @@ class Loader:
 class _Stream:
     """The records in the order in which one process needs them, without end."""
 
-    def __init__(self, records: Records, batch_size: int, rows: np.ndarray, seed: int | None):
+    def __init__(self, records: Records, batch_size: int, rows: np.ndarray, seed: int | None, augment):
         self._records, self._batch_size, self._rows, self._seed = records, batch_size, rows, seed
+        self._augment = augment
         self._order = functools.lru_cache(maxsize=4)(self._make_order)  # reading ahead touches few epochs at a time
 
     def __len__(self) -> int:
@@ -84,7 +88,10 @@ class _Stream:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         step, row = divmod(index, len(self._rows))
         epoch, position = divmod(step * self._batch_size + int(self._rows[row]), len(self._records))
-        return dict(self._records[int(self._order(epoch)[position])])
+        record = dict(self._records[int(self._order(epoch)[position])])
+        if self._augment is None:
+            return record
+        return self._augment(record, np.random.Generator(np.random.Philox([self._seed or 0, epoch, position])))
 
     def _make_order(self, epoch: int) -> np.ndarray:
         if self._seed is None:

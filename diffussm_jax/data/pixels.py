@@ -4,11 +4,11 @@ import numpy as np
 
 from diffussm_jax.data.images import BrokenImage
 from diffussm_jax.data.sources import Source
-from diffussm_jax.data.transforms import center_crop
+from diffussm_jax.data.transforms import center_crop, random_crop
 
 
 class Pixels:
-    """A source's images as records {"image": [size, size, C] uint8, "label": int32}, cropped at the centre.
+    """A source's images as records {"image": [size, size, C] uint8, "label": int32}, cropped at the centre or not yet.
 
     A broken image is a ValueError that names it.
 
@@ -16,14 +16,15 @@ class Pixels:
       source: of images.
       size: in pixels.
       num_channels: C; 1 keeps gray images, 3 is colour.
+      is_cropped: False leaves images as large as they are, for `crop_at_random`.
 
     Raises:
       ValueError: the first image is not of so many channels.
     """
 
-    def __init__(self, source: Source, size: int, num_channels: int):
+    def __init__(self, source: Source, size: int, num_channels: int, *, is_cropped: bool = True):
         self.class_names = source.class_names
-        self._source, self._size = source, size
+        self._source, self._size, self._is_cropped = source, size, is_cropped
         found = source[0].image.shape[-1]
         if found != num_channels:
             raise ValueError(
@@ -38,6 +39,10 @@ class Pixels:
             image, label, _ = self._source[index]
         except BrokenImage as error:
             raise ValueError(f"{self._source.description}: {error}; remove it to train") from error
-        if image.shape[:2] != (self._size, self._size):
+        if self._is_cropped and image.shape[:2] != (self._size, self._size):
             image = center_crop(image, self._size)
         return {"image": image, "label": np.int32(label)}
+
+    def crop_at_random(self, record: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A record whose image is a random square of the one that was not cropped; for `Loader`'s `augment`."""
+        return record | {"image": random_crop(record["image"], self._size, rng)}
