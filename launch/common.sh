@@ -1,0 +1,180 @@
+# shellcheck shell=bash
+# What the scripts of this folder share. It is sourced, not run.
+#
+# A script declares `flag` (its flags and their defaults) and `switches` (those of them that take no value), and calls
+# parse_flags; then `program` is train or precompute, and `program_flags` is what stood behind it.
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION" >&2
+  exit 2
+fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+declare -A flag
+switches="" program="" program_flags=() stopped=""
+
+die() { # MESSAGE: an error in the input
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; } # the comment at the top of the script
+
+quoted() { # COMMAND...: on one line, so that it can be pasted into a shell
+  local word line=""
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+    line+="${line:+ }$word"
+  done
+  printf '%s\n' "$line"
+}
+
+run() { # COMMAND...: runs it, or prints it in a dry run
+  if [[ -n ${flag[dry_run]} ]]; then quoted "$@"; else "$@"; fi
+}
+
+parse_flags() { # ARGUMENTS...
+  local name allowed
+  allowed=$(printf '%s\n' "${!flag[@]}" | sort | sed 's/^/--/' | paste -sd' ' -)
+  while (($#)); do
+    name=${1%%=*} name=${name#--}
+    case $1 in
+      --help | -h)
+        usage
+        exit 0
+        ;;
+      train | precompute)
+        program=$1 program_flags=("${@:2}")
+        return
+        ;;
+      --*)
+        [[ $name =~ ^[a-z_]+$ && -v flag[$name] ]] ||
+          die "unknown flag '$1'; allowed are $allowed, then train or precompute"
+        if [[ " $switches " == *" $name "* ]]; then
+          [[ $1 != *=* ]] || die "--$name takes no value, got '$1'"
+          flag[$name]=1
+        else
+          [[ $1 == *=?* ]] || die "--$name needs a value: --$name=VALUE"
+          flag[$name]=${1#*=}
+        fi
+        ;;
+      *) die "unknown command '$1'; allowed are train and precompute" ;;
+    esac
+    shift
+  done
+  die "no command is given; allowed are train and precompute, with their flags behind them"
+}
+
+check() { # NAME REGEX ALLOWED: of a flag's value
+  [[ -n ${flag[$1]} ]] || die "--$1 is missing; it must be $3"
+  [[ ${flag[$1]} =~ ^($2)$ ]] || die "--$1 must be $3, got '${flag[$1]}'"
+}
+
+check_number() { check "$1" '0|[1-9][0-9]*' "a whole number"; }
+
+check_positive() { check "$1" '[1-9][0-9]*' "a whole number above 0"; }
+
+check_seconds() { check "$1" '[0-9]+(\.[0-9]+)?' "a number of seconds"; }
+
+check_program_exists() { # NAME...: on the PATH, unless it is a dry run
+  local name
+  for name in "$@"; do
+    [[ -n ${flag[dry_run]} ]] || command -v "$name" > /dev/null ||
+      die "$name is not on the PATH; install it first, or use --dry_run"
+  done
+}
+
+check_place() { # FLAG VALUE WHERE read|write: a path that a program reads or writes
+  [[ -n $2 ]] || die "$1 needs a value: $1=PATH"
+  if [[ $2 == *://* ]]; then
+    [[ $2 =~ ^gs://[a-z0-9][a-z0-9._-]*/.+$ ]] || die "$1 must be gs://BUCKET/PATH or a local path, got '$2'"
+  elif [[ $3 == local || ($4 == read && ($2 == tfds:* || $2 == digits)) ]]; then
+    return
+  elif [[ $3 == shared ]]; then
+    [[ $2 == /* ]] || die "$1 must be gs://BUCKET/FOLDER or an absolute path that all nodes share, got '$2'"
+  elif [[ $4 == write ]]; then
+    die "$1 must be gs://BUCKET/FOLDER, since the disks of the machines vanish with them, got '$2'"
+  else
+    [[ $2 == /* ]] || die "$1 must be gs://BUCKET/PATH, or an absolute path on the machines, got '$2'"
+  fi
+}
+
+# check_program WHERE PYTHON: checks program_flags and makes `program_command` of them. WHERE is local (this machine),
+# shared (nodes with one file system) or cloud (machines whose disks vanish). `config_file` is that of train's config.
+check_program() {
+  local argument name value config="" workdir="" source="" out="" distributed="" base=$root
+  [[ $1 == local ]] && base=$PWD
+  for argument in "${program_flags[@]}"; do
+    [[ $argument == --?* ]] || die "'$argument' behind $program is no flag; its flags are written --name=value"
+    name=${argument%%=*} value=""
+    [[ $argument == *=* ]] && value=${argument#*=}
+    case $program$name in
+      train--config) config=$value ;;
+      train--workdir) workdir=$value && check_place "$name" "$value" "$1" write ;;
+      train--config.data.path) check_place "$name" "$value" "$1" read ;;
+      precompute--source) source=$value && check_place "$name" "$value" "$1" read ;;
+      precompute--out) out=$value && check_place "$name" "$value" "$1" write ;;
+      precompute--image_size)
+        [[ $value =~ ^[1-9][0-9]*$ ]] || die "--image_size must be a whole number above 0, got '$value'"
+        ;;
+      *--distributed) distributed=$value ;;
+    esac
+  done
+  config_file=${config%%:*}
+  if [[ $program == train ]]; then
+    [[ -n $config ]] || die "train needs --config=FILE, such as --config=configs/imagenet256.py:XL"
+    [[ -n $workdir ]] || die "train needs --workdir=FOLDER"
+    [[ $1 != cloud || $config_file != /* ]] ||
+      die "--config must be a path from the root of the repository, got '$config_file'"
+    [[ $config_file == /* ]] && base=""
+    [[ -f ${base:+$base/}$config_file ]] || die "--config: there is no file '$config_file' in ${base:-/}"
+    program_command=("$2" -m diffussm_jax.main "${program_flags[@]}")
+  else
+    [[ -n $source ]] || die "precompute needs --source=IMAGES"
+    [[ -n $out ]] || die "precompute needs --out=FOLDER"
+    program_command=("$2" -m diffussm_jax.precompute "${program_flags[@]}")
+    [[ $1 == local || -n $distributed ]] || program_command+=(--distributed=auto) # train has it by default
+  fi
+}
+
+pause() { # SECONDS: unlike sleep alone, a signal's trap interrupts it
+  sleep "$1" > /dev/null 2>&1 &
+  wait $!
+}
+
+# start COMMAND...: in the background, as `child`, in a process group of its own. Ctrl-C reaches only this script, which
+# decides what to tell the command; and the command does not ignore SIGINT, as background processes of scripts do.
+start() {
+  set -m
+  "$@" < /dev/null &
+  # shellcheck disable=SC2034 # the scripts use it
+  child=$!
+  set +m
+}
+
+# supervise MAX_RESTARTS SECONDS: calls `attempt` until it returns an exit code that is final, and returns that. With 75
+# the program has saved and asks to be run again; 1 is an error that would come again, 130 the user's wish to stop; any
+# other code is a crash, after which it is run again so many times. Once a trap has set `stopped`, nothing is.
+supervise() {
+  local code restarts=0
+  while true; do
+    code=0
+    attempt || code=$?
+    [[ -z $stopped ]] || return "$code"
+    case $code in
+      0 | 1 | 130) return "$code" ;;
+      75) say "it saved and left (exit code 75); running it again" ;;
+      *)
+        if ((restarts == $1)); then
+          say "it crashed with exit code $code after $restarts restarts; giving up"
+          return "$code"
+        fi
+        restarts=$((restarts + 1))
+        say "it crashed with exit code $code; restart $restarts of $1"
+        ;;
+    esac
+    pause "$2"
+    [[ -z $stopped ]] || return "$code"
+  done
+}
