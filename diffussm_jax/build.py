@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,10 +21,12 @@ from diffussm_jax.data.sources import Digits, open_source
 from diffussm_jax.data.transforms import random_flip, to_uint8, to_unit_range
 from diffussm_jax.diffusion import SAMPLERS, SCHEDULES, Schedule, classifier_free, respace
 from diffussm_jax.models import DiffuSSM
-from diffussm_jax.parallel.mesh import local_rows, make_mesh
+from diffussm_jax.parallel.mesh import BATCH, local_rows, make_mesh, over_batch, replicated
 from diffussm_jax.training.loop import Experiment, Intervals
 from diffussm_jax.training.optimizer import adamw, learning_rate_schedule
-from diffussm_jax.training.step import Encode
+from diffussm_jax.training.posthoc_ema import SIGMAS
+from diffussm_jax.training.state import TrainState
+from diffussm_jax.training.step import Encode, Recipe, make_train_step
 
 _GUIDED_CHANNELS = {"all": None, "first_three": 3}
 _MAX_GRID_COLUMNS = 10
@@ -189,10 +192,11 @@ def build_autoencoder(config: ConfigDict) -> tuple[AutoencoderKL, dict]:
     return vae, params
 
 
-def build_sampler(config: ConfigDict, model: nn.Module, schedule: Schedule):
-    """The sampler of `config.sampling`: a jitted (params, labels [B] int, key) -> x_0 [B, H, W, C] float32.
+def build_sampler(config: ConfigDict, model: nn.Module, schedule: Schedule, mesh: Mesh):
+    """The sampler of `config.sampling`: (params on the mesh, labels [B] int, key) -> x_0 [B, H, W, C] float32, host.
 
-    An unconditional model takes its labels, too, for their number alone.
+    An unconditional model takes its labels, too, for their number alone. Any B: the batch is filled up to a multiple of
+    the devices that it is split over.
 
     Raises:
       ValueError: more steps are asked for than the model was trained with.
@@ -221,9 +225,69 @@ def build_sampler(config: ConfigDict, model: nn.Module, schedule: Schedule):
                 num_guided_channels=_GUIDED_CHANNELS[sampling.guided_channels],
                 interval=tuple(sampling.guidance_interval),
             )
-        return SAMPLERS[sampling.sampler](denoise, short, x_T, sampler_key, **options)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return SAMPLERS[sampling.sampler](denoise, short, x_T, sampler_key, **options)
 
-    return jax.jit(sample)
+    jitted = jax.jit(sample, out_shardings=replicated(mesh))
+    split = math.prod(mesh.shape[axis] for axis in BATCH)
+
+    def generate(params, labels: np.ndarray, key: jax.Array) -> np.ndarray:
+        filled = np.resize(labels, -(-len(labels) // split) * split)
+        return jax.device_get(jitted(params, filled, key))[: len(labels)]
+
+    return generate
+
+
+def build_recipe(config: ConfigDict, mesh: Mesh, encode: Encode | None = None) -> Recipe:
+    """What a training step is made of; needs no data.
+
+    Args:
+      config: of the run.
+      mesh: the devices.
+      encode: of the run's codec; made from the config if None.
+    """
+    o = config.optimizer
+    return Recipe(
+        model=build_model(config),
+        input_shape=input_shape(config),
+        schedule=build_schedule(config),
+        encode=encode or build_codec(config, has_decoder=False).encode,
+        optimizer=adamw(build_learning_rate(config), weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm),
+        ema_decay=o.ema_decay,
+        has_ema_warmup=o.has_ema_warmup,
+        power_emas=SIGMAS if config.posthoc_ema_every else (),
+        accumulation_steps=o.accumulation_steps,
+        max_skipped_steps=o.max_skipped_steps,
+        seed=config.seed,
+        mesh=mesh,
+    )
+
+
+def build_learning_rate(config: ConfigDict) -> optax.Schedule:
+    """The learning rate's schedule of `config.optimizer`."""
+    o = config.optimizer
+    return learning_rate_schedule(
+        o.learning_rate, warmup_steps=o.warmup_steps, decay=o.decay, num_steps=config.num_steps
+    )
+
+
+def build_train_step(config: ConfigDict, mesh: Mesh) -> tuple[Callable, TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """The jitted training step, and shapes, dtypes and shardings of its state and batch: to compile it without data.
+
+    Raises:
+      ValueError: the config is wrong for the devices of the mesh (`config.validate`).
+    """
+    validate(config, mesh.size)
+    recipe = build_recipe(config, mesh)
+    H, W, C = input_shape(config)
+    B = config.batch_size
+    shapes: dict[str, tuple] = {"label": ((B,), jnp.int32)}
+    if config.data.source == "latents":
+        shapes |= {name: ((B, 2, H, W, C), jnp.float16) for name in ("mean", "log_std")}
+    else:
+        shapes["image"] = (B, H, W, C), jnp.uint8
+    batch = {k: jax.ShapeDtypeStruct(*of, sharding=over_batch(mesh)) for k, of in shapes.items()}
+    return make_train_step(recipe), recipe.abstract_state(), batch
 
 
 def build_experiment(config: ConfigDict) -> Experiment:
@@ -233,27 +297,19 @@ def build_experiment(config: ConfigDict) -> Experiment:
       ValueError: the config is wrong (`config.validate`), or its data cannot be had (`build_loaders`).
     """
     validate(config, jax.device_count())
-    model, schedule = build_model(config), build_schedule(config)
-    mesh = make_mesh(config.mesh.data)
-    train_loader, eval_loader = build_loaders(config, mesh)
+    mesh = make_mesh(**config.mesh.to_dict())
     codec = build_codec(config, has_decoder=config.sample_every > 0)
-    o = config.optimizer
-    learning_rate = learning_rate_schedule(
-        o.learning_rate, warmup_steps=o.warmup_steps, decay=o.decay, num_steps=config.num_steps
-    )
-    sampler = build_sampler(config, model, schedule)
+    recipe = build_recipe(config, mesh, codec.encode)
+    recipe.abstract_state()  # says at once if a parameter cannot be split
+    train_loader, eval_loader = build_loaders(config, mesh)
+    sampler = build_sampler(config, recipe.model, recipe.schedule, mesh)
     num_columns = min(max(config.data.num_classes, 1), _MAX_GRID_COLUMNS)
     grid_labels = np.arange(config.sampling.num_grid_rows * num_columns, dtype=np.int32) % num_columns
     return Experiment(
         config=to_plain(config),
-        model=model,
-        input_shape=input_shape(config),
-        schedule=schedule,
-        optimizer=adamw(learning_rate, weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm),
-        learning_rate=learning_rate,
-        ema_decay=o.ema_decay,
-        has_ema_warmup=o.has_ema_warmup,
-        encode=codec.encode,
+        recipe=recipe,
+        learning_rate=build_learning_rate(config),
+        multiply_adds=recipe.model.multiply_adds(*recipe.input_shape)["total"],
         sample_grid=lambda params, key: codec.decode(sampler(params, grid_labels, key)),
         num_grid_columns=num_columns,
         train_loader=train_loader,
@@ -264,9 +320,9 @@ def build_experiment(config: ConfigDict) -> Experiment:
             eval=config.eval_every,
             sample=config.sample_every,
             checkpoint=config.checkpoint_every,
+            keep=config.keep_every,
+            posthoc_ema=config.posthoc_ema_every,
         ),
-        seed=config.seed,
-        mesh=mesh,
     )
 
 

@@ -1,11 +1,22 @@
 """What the command line programs share: how they start, and how they report what is wrong with their input."""
 
 import ctypes
+import glob
+import importlib.util
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import jax
 from absl import app, flags, logging
+
+# The exit code of a program that was told by SIGTERM to leave, and saved: the same command goes on. (EX_TEMPFAIL of
+# <sysexits.h>.) The launch scripts start it again.
+PREEMPTED = 75
+# That of an unexpected exception, such as a host that was lost (EX_SOFTWARE); the launch scripts try again, while 1,
+# an error in the input or a run that diverged, would only come again.
+CRASHED = 70
 
 
 def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, num_arguments: int = 0) -> None:
@@ -13,9 +24,10 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
 
     A program that may be imported beside another one has `flag_values` of its own, so that names do not collide.
 
-    A ValueError, with which the package says what is wrong with its input, or an OSError is printed without a
-    traceback, and the code is 1; with --verbosity=1 the traceback comes too. Libraries' messages below a warning are
-    hidden (--verbosity=0 shows them).
+    A ValueError, with which the package says what is wrong with its input, an OSError, or a FloatingPointError, with
+    which a run says that it diverged, is printed without a traceback, and the code is 1; with --verbosity=1 the
+    traceback comes too. After any other exception the code is 70. Libraries' messages below a warning are hidden
+    (--verbosity=0 shows them).
     """
 
     def start(argv: list[str]) -> int:
@@ -26,11 +38,16 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
             logging.set_verbosity(logging.WARNING)
         try:
             return main(*argv[1:])
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             if logging.level_debug():
-                raise
+                traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except app.UsageError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            return CRASHED
 
     if flag_values is not flags.FLAGS:
         flags.FLAGS.append_flag_values(flag_values)
@@ -50,22 +67,35 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def join_hosts(value: str | None) -> None:
+def join_hosts(value: str) -> None:
     """Makes one JAX program of the processes of several hosts; before anything uses a device.
 
     Args:
-      value: of a flag --distributed: "auto" on TPU pods and SLURM, COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, or None
-        for one host.
+      value: of a flag --distributed: "auto" joins where SLURM or Open MPI started several processes, or on a TPU
+        machine, where JAX finds the others by itself; "none" does not; COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID.
 
     Raises:
-      ValueError: it is malformed, or "auto" and no cluster is found.
+      ValueError: it is malformed.
     """
-    if value is None:
+    if value == "none":
         return
     if value == "auto":
-        jax.distributed.initialize()
+        if _is_one_of_several_processes() or _is_on_tpu_machine():
+            jax.distributed.initialize()
         return
     coordinator, *numbers = value.split(",")
     if ":" not in coordinator or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-        raise ValueError(f"--distributed must be auto or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, got {value!r}")
+        raise ValueError(
+            f"--distributed must be auto, none or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, got {value!r}"
+        )
     jax.distributed.initialize(coordinator, *map(int, numbers))
+
+
+def _is_one_of_several_processes() -> bool:
+    counts = (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+    return any(rank in os.environ and int(os.environ.get(count, "1")) > 1 for rank, count in counts)
+
+
+def _is_on_tpu_machine() -> bool:
+    has_chips = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+    return has_chips and importlib.util.find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS") != "cpu"

@@ -5,6 +5,7 @@ any of them, `--config.model.depth=2`.
 """
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -26,7 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "model.discretization": ("zoh", "bilinear"),
         "model.initialization": ("legs", "lin", "inv"),
         "model.ssm_method": ("recurrent", "associative", "fft", "chunked"),
-        "model.remat": ("none", "block"),
+        "model.remat": ("none", "dots", "block"),
         "model.dtype": ("float32", "bfloat16"),
         "data.source": ("digits", "images", "latents"),
         "diffusion.schedule": ("linear", "cosine"),
@@ -45,6 +46,8 @@ _AT_LEAST: Mapping[str, int] = MappingProxyType(
         "eval_every": 0,
         "sample_every": 0,
         "checkpoint_every": 1,
+        "keep_every": 0,
+        "posthoc_ema_every": 0,
         "model.width": 1,
         "model.depth": 1,
         "model.hourglass_ratio": 1,
@@ -56,6 +59,8 @@ _AT_LEAST: Mapping[str, int] = MappingProxyType(
         "data.downsampling": 1,
         "data.num_threads": 1,
         "optimizer.warmup_steps": 0,
+        "optimizer.accumulation_steps": 1,
+        "optimizer.max_skipped_steps": 0,
         "sampling.num_steps": 1,
         "sampling.num_grid_rows": 1,
     }
@@ -99,7 +104,9 @@ def default_config() -> ConfigDict:
     config.log_every = 100
     config.eval_every = 5_000  # 0: never; the loss of the EMA weights on held-out data
     config.sample_every = 5_000  # 0: never; a grid of samples
-    config.checkpoint_every = 5_000
+    config.checkpoint_every = 5_000  # the newest two are kept, and the one of the lowest eval_loss
+    config.keep_every = 0  # checkpoints of multiples of it are kept for good; 0: none
+    config.posthoc_ema_every = 0  # averages are stored for post-hoc EMA, and kept for good; 0: never
 
     config.model = ConfigDict()
     config.model.name = "diffussm"
@@ -113,7 +120,7 @@ def default_config() -> ConfigDict:
     config.model.initialization = "lin"
     config.model.ssm_method = "fft"
     config.model.label_dropout = 0.1
-    config.model.remat = "none"
+    config.model.remat = "none"  # what is computed again in the backward pass: "dots": all but linear layers; "block"
     config.model.scan_unroll = 1
     config.model.dtype = "float32"  # of the linear layers; SSMs, norms and losses are float32 always
 
@@ -145,6 +152,8 @@ def default_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.0
     config.optimizer.max_grad_norm = 0.0  # 0: no clipping
     config.optimizer.ema_decay = 0.9999
+    config.optimizer.accumulation_steps = 1  # parts of a batch that are computed one after the other, to save memory
+    config.optimizer.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite; more end the run
     config.optimizer.has_ema_warmup = False  # decay of at most (1 + step) / (10 + step)
 
     config.sampling = ConfigDict()
@@ -157,7 +166,10 @@ def default_config() -> ConfigDict:
     config.sampling.num_grid_rows = 8  # of the grid that training draws
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices along the batch; -1: all
+    # Devices along each axis; -1: as many as the others leave.
+    config.mesh.data = -1  # copies of the model, each with its part of the batch
+    config.mesh.fsdp = 1  # the batch, and parameters and optimizer state too
+    config.mesh.tensor = 1  # the width
     return config
 
 
@@ -273,10 +285,37 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
         )
     if data.random_crop and data.source != "images":
         raise ValueError(f"config.data.random_crop is for the source images, not {data.source}")
-    data_axis = num_devices if config.mesh.data == -1 else config.mesh.data
-    if not 1 <= data_axis <= num_devices:
-        raise ValueError(f"config.mesh.data must be -1 or from 1 to the {num_devices} devices, got {config.mesh.data}")
-    if config.batch_size % data_axis:
+    try:
+        data, fsdp, tensor = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, num_devices=num_devices)
+    except ValueError as error:
+        raise ValueError(f"config.mesh: {error}") from error
+    parts = data * fsdp * config.optimizer.accumulation_steps
+    if config.batch_size % parts:
         raise ValueError(
-            f"config.batch_size = {config.batch_size} is not a multiple of the {data_axis} devices of the mesh"
+            f"config.batch_size = {config.batch_size} is not a multiple of {parts}: config.mesh.data = {data} x fsdp = "
+            f"{fsdp} devices x config.optimizer.accumulation_steps = {config.optimizer.accumulation_steps}"
         )
+    if model.width % (fsdp * tensor):
+        raise ValueError(
+            f"config.model.width = {model.width} is not a multiple of config.mesh.fsdp = {fsdp} x tensor = {tensor}"
+        )
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[int, int, int]:
+    """The sizes of the mesh's axes, with a -1 filled so that all devices are used.
+
+    Their product may be smaller than the number of devices: then only the first are used.
+
+    Raises:
+      ValueError: a size is neither -1 nor positive, or the sizes do not fit the devices.
+    """
+    sizes = (data, fsdp, tensor)
+    named = f"data = {data}, fsdp = {fsdp}, tensor = {tensor}"
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"the axes must be positive, and one of them may be -1 to fill; got {named}")
+    product = math.prod(size for size in sizes if size != -1)
+    if product > num_devices:
+        raise ValueError(f"{named} needs {product} devices, there are {num_devices}")
+    if -1 in sizes and num_devices % product:
+        raise ValueError(f"{named} does not divide the {num_devices} devices")
+    return tuple(num_devices // product if size == -1 else size for size in sizes)

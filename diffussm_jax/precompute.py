@@ -8,8 +8,8 @@ Images are cropped at the centre as ADM does. The format of the result is that o
 again, after a stop of any kind, goes on with the shards that are not finished; --verify reads all of a finished split
 again.
 
-Every local device takes its part of each batch. With --distributed
-each of several hosts runs the command and makes its share of the shards.
+Every local device takes its part of each batch. Where each of several hosts runs the command (TPU pods, SLURM, or
+--distributed), each makes its share of the shards.
 """
 
 import collections
@@ -67,8 +67,8 @@ _VERIFY = flags.DEFINE_bool(
 )
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
-    None,
-    "Several hosts: auto (TPU pods, SLURM), or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID.",
+    "auto",
+    "auto, none, or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID (`cli.join_hosts`).",
     flag_values=_FLAGS,
 )
 

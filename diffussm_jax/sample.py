@@ -18,8 +18,11 @@ from diffussm_jax import cli
 from diffussm_jax.build import build_codec, build_model, build_sampler, build_schedule, from_plain, input_shape
 from diffussm_jax.config import validate
 from diffussm_jax.data.transforms import image_grid, save_png
+from diffussm_jax.parallel.mesh import make_mesh, replicated
 from diffussm_jax.training.checkpoint import Checkpointer
-from diffussm_jax.training.loop import CONFIG_NAME, init_params
+from diffussm_jax.training.loop import CONFIG_NAME
+from diffussm_jax.training.posthoc_ema import Snapshots
+from diffussm_jax.training.state import init_params
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run that main made.", flag_values=_FLAGS)
@@ -41,6 +44,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1, flag_values=_FLAGS)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=_FLAGS
+)
+_EMA_SIGMA = flags.DEFINE_float(
+    "ema_sigma", None, "Relative length of a post-hoc EMA, such as 0.08; else the checkpoint's.", flag_values=_FLAGS
 )
 _VAE = flags.DEFINE_string(
     "vae", None, "The autoencoder that decodes latents; the config's if not given.", flag_values=_FLAGS
@@ -89,6 +95,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 256,
     checkpoint: str = "latest",
+    ema_sigma: float | None = None,
     vae: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples from the averaged weights of a run. What is None is as the run's config says.
@@ -103,6 +110,8 @@ def sample(
       seed: of the noise. The same seed and batch size give the same images.
       batch_size: images at a time.
       checkpoint: "latest", "best" or a step.
+      ema_sigma: relative standard deviation of a post-hoc EMA (`training.posthoc_ema`), for a run that stored averages;
+        the weights of the checkpoint's own average if None.
       vae: a diffusers folder or repository of the autoencoder that decodes latents.
 
     Returns:
@@ -116,19 +125,23 @@ def sample(
     overrides = {"guidance_scale": guidance_scale, "sampler": sampler, "num_steps": steps}
     config.sampling.update({k: v for k, v in overrides.items() if v is not None})
     config.data.vae = vae or config.data.vae
-    config.mesh.data = 1
+    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     validate(config)
     codec = build_codec(config)
     all_labels = choose_labels(labels, num_samples, config.data.num_classes)
     model = build_model(config)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = make_mesh()
     like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
         jax.eval_shape(lambda: init_params(model, input_shape(config), 0)),
     )
-    with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
-        params = checkpointer.restore_ema(checkpointer.resolve(checkpoint), like)
-    generate = build_sampler(config, model, build_schedule(config))
+    if ema_sigma is None:
+        with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
+            params = checkpointer.restore_ema(checkpointer.resolve(checkpoint), like)
+    else:
+        with contextlib.closing(Snapshots(workdir, is_read_only=True)) as snapshots:
+            params = snapshots.reconstruct(ema_sigma, like, step=_snapshot_step(checkpoint))
+    generate = build_sampler(config, model, build_schedule(config), mesh)
     batch_size = min(batch_size, num_samples)
     images = []
     with tqdm(total=num_samples, unit="image", dynamic_ncols=True) as bar:
@@ -138,6 +151,14 @@ def sample(
             images.append(codec.decode(x_0)[: num_samples - start])
             bar.update(len(images[-1]))
     return np.concatenate(images), all_labels
+
+
+def _snapshot_step(checkpoint: str) -> int | None:
+    if checkpoint == "latest":
+        return None
+    if not checkpoint.isdecimal():
+        raise ValueError(f"with --ema_sigma, --checkpoint must be latest or a step, got {checkpoint!r}")
+    return int(checkpoint)
 
 
 def save_samples(images: np.ndarray, labels: np.ndarray, out: epath.PathLike) -> tuple[epath.Path, epath.Path]:
@@ -170,6 +191,7 @@ def main() -> int:
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
         checkpoint=_CHECKPOINT.value,
+        ema_sigma=_EMA_SIGMA.value,
         vae=_VAE.value,
     )
     png, npz = save_samples(images, labels, _OUT.value or epath.Path(_WORKDIR.value) / "samples" / "final")

@@ -15,10 +15,12 @@ starting at zero, the fixed position embedding, S4D-Lin at initialisation, and t
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from diffussm_jax.models.layers import (
     NUM_TIME_FEATURES,
@@ -29,28 +31,36 @@ from diffussm_jax.models.layers import (
     sincos_2d,
 )
 from diffussm_jax.models.mixers import S4D
+from diffussm_jax.parallel.sharding import split_channels, whole_channels
 from diffussm_jax.ssm import DEFAULT_METHOD
 
-REMAT_POLICIES = ("none", "block")
+# What the backward pass finds stored of each block beside its input; it computes the rest again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("dense"),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+# How the parameters lie on the mesh (`parallel.sharding`). D is split along `tensor` so that no SSM and no nonlinearity
+# communicates: W0 gathers its output, W_down and W3 sum theirs. `fsdp` splits a dimension that is free.
+SHARDING_RULES = (
+    (r"blocks/(W0|W1|W2)/kernel$", (None, "fsdp", "tensor")),
+    (r"blocks/W_up/kernel$", (None, None, "fsdp", "tensor")),
+    (r"blocks/W_down/kernel$", (None, None, None, "tensor", "fsdp")),
+    (r"blocks/W3/kernel$", (None, "tensor", "fsdp")),
+    (r"blocks/(W0|W1|W2)/bias$", (None, "tensor")),
+    (r"blocks/W_up/bias$", (None, None, "tensor")),
+    (r"blocks/ssm/", (None, ("tensor", "fsdp"))),
+    (r"blocks/norm/modulation/kernel$", (None, None, "fsdp")),
+    (r"(final_norm/modulation|time_embed/out)/kernel$", (None, "fsdp")),
+)
 _XAVIER = nn.initializers.xavier_uniform()
 
 
-class PositionDense(nn.Module):
-    """A Dense for each of M positions: kernel [M, D_in, D_out], bias [M, D_out].
-
-    x [B, J, D_in], the same input for every position, or [B, J, M, D_in], one each -> [B, J, M, D_out].
-    """
-
-    num_positions: int
-    features: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        equation = "bjd,mde->bjme" if x.ndim == 3 else "bjmd,mde->bjme"
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=0)
-        shape = (self.num_positions, x.shape[-1], self.features)
-        return nn.Einsum(shape, equation, kernel_init=init, dtype=self.dtype, name="dense")(x)
+def _position_dense(shape: tuple[int, ...], equation: str, dtype: jnp.dtype, name: str) -> nn.Module:
+    """A Dense for each of M positions: kernel [M, inputs..., outputs], bias [M, outputs]."""
+    inputs = tuple(range(1, len(shape) - 1))
+    init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inputs, out_axis=-1, batch_axis=0)
+    return nn.Einsum(shape, equation, kernel_init=init, dtype=dtype, name=name)
 
 
 class Block(nn.Module):
@@ -68,14 +78,21 @@ class Block(nn.Module):
         def dense(features, name, kernel_init=_XAVIER):
             return nn.Dense(features, kernel_init=kernel_init, dtype=self.dtype, name=name)
 
-        I = AdaLayerNorm(self.dtype, name="norm")(x, c)
-        h = gelu(dense(D, "W0")(I))
-        U = gelu(PositionDense(M, D, self.dtype, name="W_up")(h)).reshape(B, J * M, D)
-        Y = S4D(**self.mixer, name="ssm")(U)
-        I_down = gelu(PositionDense(M, 2 * D // M, self.dtype, name="W_down")(Y.reshape(B, J, M, -1)))
+        def keep(x):
+            return checkpoint_name(x, "dense")
+
+        I = whole_channels(AdaLayerNorm(self.dtype, name="norm")(x, c))
+        h = whole_channels(gelu(keep(split_channels(dense(D, "W0")(I)))))
+        W_up = _position_dense((M, D, D), "bjd,mde->bjme", self.dtype, "W_up")
+        U = gelu(keep(split_channels(W_up(h)))).reshape(B, J * M, D)
+        Y = S4D(**self.mixer, name="ssm")(U)  # [B, L, R, D]
+        W_down = _position_dense((M, Y.shape[2], D, 2 * D // M), "bjmrd,mrde->bjme", self.dtype, "W_down")
+        I_down = gelu(keep(whole_channels(W_down(Y.reshape(B, J, M, -1, D)))))
         I_down = I_down.reshape(B, J, 2 * D)
-        gated = gelu(dense(2 * D, "W2")(I_down)) * gelu(dense(2 * D, "W1")(I))
-        return x + dense(D, "W3", nn.initializers.zeros)(gated), None
+        gated = gelu(keep(split_channels(dense(2 * D, "W2")(I_down)))) * gelu(
+            keep(split_channels(dense(2 * D, "W1")(I)))
+        )
+        return whole_channels(x + dense(D, "W3", nn.initializers.zeros)(gated)), None
 
 
 class DiffuSSM(nn.Module):
@@ -94,7 +111,8 @@ class DiffuSSM(nn.Module):
       initialization: "legs", "lin" or "inv".
       ssm_method: how the SSMs are computed (`ssm_apply`).
       label_dropout: probability of the null label in training.
-      remat: "none", or "block" to keep only each block's input for the backward pass.
+      remat: what is kept for the backward pass: "none" (everything), "dots" (each block's input and what its linear
+        layers give; SSM and nonlinearities are computed again), "block" (each block's input).
       scan_unroll: how many blocks each iteration of the scan over depth holds.
       dtype: of the linear layers and the residual stream; parameters, norms and SSMs are float32.
     """
@@ -113,6 +131,7 @@ class DiffuSSM(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    sharding_rules: ClassVar = SHARDING_RULES
 
     def _check(self, x_t: jax.Array, y: jax.Array | None) -> None:
         W, M = x_t.shape[2], self.hourglass_ratio
@@ -155,14 +174,16 @@ class DiffuSSM(nn.Module):
         if y is not None:
             label_embed = LabelEmbed(self.num_classes, self.width, self.label_dropout, self.dtype, name="label_embed")
             c = c + label_embed(y, train=train)
-        x = self._blocks()(x, c)[0]
+        x = self._blocks()(whole_channels(x), c)[0]
         x = AdaLayerNorm(self.dtype, name="final_norm")(x, c)
         # The last layer is small and its output meets float32 losses: it stays in float32.
         x = nn.Dense(M * 2 * C, kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="final")(x)
         return x.reshape(B, H, W, 2 * C)
 
     def _blocks(self) -> nn.Module:
-        block = nn.remat(Block, prevent_cse=False) if self.remat == "block" else Block
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffussm_jax.parallel.sharding import gathered_dot_general, whole_channels
+
 NUM_TIME_FEATURES = 256
 
 gelu = nn.gelu  # Flax's default is the tanh form
@@ -61,10 +63,10 @@ class TimeEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(0.02)
+        options = {"kernel_init": nn.initializers.normal(0.02), "dtype": self.dtype, "dot_general": gathered_dot_general}
         x = sinusoidal_features(t, NUM_TIME_FEATURES)
-        x = nn.silu(nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="hidden")(x))
-        return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(x)
+        x = nn.silu(whole_channels(nn.Dense(self.width, **options, name="hidden")(x)))
+        return whole_channels(nn.Dense(self.width, **options, name="out")(x))
 
 
 class LabelEmbed(nn.Module):
@@ -90,7 +92,7 @@ class LabelEmbed(nn.Module):
             dtype=self.dtype,
             name="table",
         )
-        return table(y)
+        return whole_channels(table(y))
 
 
 class AdaLayerNorm(nn.Module):
@@ -104,9 +106,13 @@ class AdaLayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         D = x.shape[-1]
-        shift_scale = nn.Dense(2 * D, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="modulation")(
-            nn.silu(c)
+        modulation = nn.Dense(
+            2 * D,
+            kernel_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            dot_general=gathered_dot_general,
+            name="modulation",
         )
-        shift, scale = jnp.split(shift_scale[:, None], 2, -1)
+        shift, scale = jnp.split(whole_channels(modulation(nn.silu(c)))[:, None], 2, -1)
         x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)(x)
         return (x * (1 + scale) + shift).astype(self.dtype)

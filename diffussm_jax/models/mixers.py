@@ -3,14 +3,16 @@
 import flax.linen as nn
 import jax
 
+from diffussm_jax.parallel.sharding import over_channels
 from diffussm_jax.ssm import DEFAULT_METHOD, init_s4d, ssm_apply, ssm_apply_bidirectional, to_complex
 
 
 class S4D(nn.Module):
-    """S4D (arXiv 2206.11893), in one direction or both: [B, L, D] -> [B, L, D], or [B, L, 2D] bidirectional.
+    """S4D (arXiv 2206.11893), in one direction or both: [B, L, D] -> [B, L, R, D], R directions.
 
     Everything is learned, in float32: Lambda, B, C, dt and the skip D, by directions of their own. The convolution is
-    computed in float32 whatever the input's dtype, and returned in that dtype.
+    computed in float32 whatever the input's dtype, and returned in that dtype. On a mesh every device computes its own
+    batch rows and channels.
 
     Attributes:
       state_size: N.
@@ -45,6 +47,13 @@ class S4D(nn.Module):
             return to_complex(real)
 
         options = {"method": self.method, "discretization": self.discretization}
-        if self.bidirectional:
-            return ssm_apply_bidirectional(direction("forward"), direction("backward"), u, **options)
-        return ssm_apply(direction("forward"), u, **options)
+
+        def apply(directions, u):
+            if self.bidirectional:
+                y = ssm_apply_bidirectional(*directions, u, **options)
+            else:
+                y = ssm_apply(*directions, u, **options)
+            return y.reshape(*u.shape[:2], len(directions), u.shape[2])
+
+        names = ("forward", "backward") if self.bidirectional else ("forward",)
+        return over_channels(apply, [direction(name) for name in names], u)

@@ -1,31 +1,53 @@
-"""The device mesh. It has one axis, `data`, along the batch; every device holds all parameters."""
+"""The device mesh: its axes, and how a batch lies on it.
+
+    data    copies of the model; the batch is split
+    fsdp    the batch is split, and so are parameters, their average and the optimizer's state
+    tensor  the channels D of the hourglass and of the SSMs are split
+
+How parameters and activations lie on it is told in `sharding`.
+"""
+
+import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffussm_jax.config import mesh_shape
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh of `data` devices, or of all of them if -1.
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split a batch
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of three axes, `tensor` along the nearest neighbours.
+
+    Args:
+      data: devices along that axis; -1: as many as the others leave.
+      fsdp: likewise.
+      tensor: likewise.
+      devices: all of them if None.
 
     Raises:
-      ValueError: there are not that many devices.
+      ValueError: as `mesh_shape`; or several hosts would not all take part.
     """
-    num_devices = jax.device_count()
-    size = num_devices if data == -1 else data
-    if not 1 <= size <= num_devices:
-        raise ValueError(f"the mesh's data axis must be -1 or from 1 to the {num_devices} devices, got {data}")
-    return jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(data, fsdp, tensor, num_devices=len(devices))
+    used = math.prod(shape)
+    if used < len(devices) and jax.process_count() > 1:
+        raise ValueError(f"the mesh {shape} must use all {len(devices)} devices of the {jax.process_count()} processes")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of parameters and everything that follows them."""
+    """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first dimension is the batch."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

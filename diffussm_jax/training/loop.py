@@ -9,33 +9,36 @@ Running the same command again resumes from the newest checkpoint; the losses ar
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffussm_jax.data.loader import Batch, Loader, prefetch
 from diffussm_jax.data.transforms import image_grid, save_png
-from diffussm_jax.diffusion import Schedule
 from diffussm_jax.parallel.mesh import batch_to_devices, replicated
 from diffussm_jax.training.checkpoint import Checkpointer
 from diffussm_jax.training.metrics import MetricsLog
-from diffussm_jax.training.state import TrainState, create_state, empty_window
-from diffussm_jax.training.step import Encode, make_eval_step, make_train_step
+from diffussm_jax.training.posthoc_ema import Snapshots
+from diffussm_jax.training.state import TrainState, empty_window
+from diffussm_jax.training.step import Recipe, make_eval_step, make_train_step
+from diffussm_jax.training.telemetry import Clock, Profile, speed_metrics, state_norms
 
 CONFIG_NAME = "config.json"
 # What may change between a run and its resumption without making another experiment of it.
 _FREE_KEYS = (
-    *("num_steps", "log_every", "eval_every", "sample_every", "checkpoint_every", "sampling", "mesh"),
+    *("num_steps", "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_every", "sampling", "mesh"),
     *("data.path", "data.vae", "data.num_threads", "data.eval_split"),
+    # These change what is stored and in which order numbers are added, not what is computed.
+    *("model.remat", "model.scan_unroll", "model.ssm_method", "optimizer.accumulation_steps"),
+    "optimizer.max_skipped_steps",
 )
 
 
@@ -47,6 +50,8 @@ class Intervals:
     eval: int
     sample: int
     checkpoint: int
+    keep: int  # that checkpoint is kept for good
+    posthoc_ema: int  # averages for post-hoc EMA are stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,52 +60,27 @@ class Experiment:
 
     Attributes:
       config: its config as plain values, kept in the work directory.
-      model: the backbone.
-      input_shape: (H, W, C) of what the model sees.
-      schedule: of the diffusion.
-      optimizer: an optax transformation.
-      learning_rate: its schedule, to log.
-      ema_decay: of the parameters' average.
-      has_ema_warmup: whether that decay starts lower.
-      encode: (batch, key) -> x_0, jitted with the step.
+      recipe: of a step.
+      learning_rate: the optimizer's schedule, to log.
+      multiply_adds: of one forward pass of one image, for the MFU.
       sample_grid: (params, key) -> images [B, H, W, C] uint8 for the grid.
       num_grid_columns: of that grid.
       train_loader: the data.
       eval_loader: the held-out data, if any.
-      num_steps: updates to make.
+      num_steps: steps to make.
       intervals: of everything else.
-      seed: of all randomness.
-      mesh: the devices.
     """
 
     config: dict
-    model: nn.Module
-    input_shape: tuple[int, int, int]
-    schedule: Schedule
-    optimizer: optax.GradientTransformation
+    recipe: Recipe
     learning_rate: optax.Schedule
-    ema_decay: float
-    has_ema_warmup: bool
-    encode: Encode
+    multiply_adds: int
     sample_grid: Callable[[dict, jax.Array], np.ndarray]
     num_grid_columns: int
     train_loader: Loader
     eval_loader: Loader | None
     num_steps: int
     intervals: Intervals
-    seed: int
-    mesh: Mesh
-
-
-def init_params(model: nn.Module, input_shape: tuple[int, int, int], seed: int) -> dict:
-    """A model's parameters before training; under `jax.eval_shape`, their shapes alone."""
-
-    def init():
-        x_t, t = np.zeros((1, *input_shape), np.float32), np.zeros(1, np.int32)
-        y = np.zeros(1, np.int32) if model.num_classes else None
-        return model.init(jax.random.key(seed), x_t, t, y)["params"]
-
-    return jax.jit(init)()
 
 
 def _flat(config: dict) -> dict:
@@ -111,173 +91,213 @@ def _flat(config: dict) -> dict:
     return flat
 
 
+def _check_same_config(old: dict, new: dict, where: str) -> None:
+    """ValueError, which names what differs, where two configs are not of the same experiment."""
+    old, new = _flat(old), _flat(json.loads(json.dumps(new)))
+    differing = [
+        f"config.{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if not {key, key.partition(".")[0]} & set(_FREE_KEYS) and old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{where} holds a run of another config; choose another workdir or the same values:\n  "
+            + "\n  ".join(differing)
+        )
+
+
 def _keep_config(config: dict, workdir: epath.Path) -> None:
-    """Writes config.json, or checks that the run being resumed has the same; ValueError names what differs."""
+    """Checks that the run being resumed has the same config, and writes config.json, whole or not at all."""
     path = workdir / CONFIG_NAME
     if path.exists():
-        old = _flat(json.loads(path.read_text()))
-        new = _flat(json.loads(json.dumps(config)))
-        differing = [
-            f"config.{key}: was {old.get(key)!r}, is {new.get(key)!r}"
-            for key in sorted(old.keys() | new.keys())
-            if not {key, key.partition(".")[0]} & set(_FREE_KEYS) and old.get(key) != new.get(key)
-        ]
-        if differing:
-            raise ValueError(
-                f"{workdir} holds a run of another config; choose another workdir or the same values:\n  "
-                + "\n  ".join(differing)
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2))
+        _check_same_config(json.loads(path.read_text()), config, str(workdir))
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = workdir / (CONFIG_NAME + ".partial")
+        partial.write_text(json.dumps(config, indent=2))
+        partial.replace(path)
 
 
 @contextlib.contextmanager
 def _stop_on_signal():
-    """Yields a function that tells which of SIGINT and SIGTERM has come, or None. A second one is obeyed at once."""
+    """Yields a function of the step that tells which of SIGINT and SIGTERM has come, or None.
+
+    Several processes agree: JAX's coordinator hears of a SIGTERM that any of them gets, and names a step before which
+    all of them stop; Ctrl-C in one of them is passed on as SIGTERM. Alone, a second signal is obeyed at once.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield lambda: None
+        yield lambda step: None
         return
+    is_alone = jax.process_count() == 1
 
     def handler(signum, frame):
         if received:
             raise KeyboardInterrupt
         received.append(signum)
+        if not is_alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    def stopped(step):
+        if is_alone or not multihost_utils.reached_preemption_sync_point(step):
+            return received[0] if is_alone and received else None
+        return received[0] if received else signal.SIGTERM
+
+    # With several processes SIGTERM already has JAX's handler, which must stay.
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM) if is_alone or s == signal.SIGINT}
     try:
-        yield lambda: received[0] if received else None
+        yield stopped
     finally:
         for s, old in previous.items():
             signal.signal(s, old)
 
 
-class _Clock:
-    """Counts the seconds spent in training steps, and not those spent in evaluation, sampling or saving."""
+def train(
+    experiment: Experiment,
+    workdir: epath.PathLike,
+    *,
+    profile_steps: tuple[int, int] | None = None,
+    wandb_project: str | None = None,
+) -> int | None:
+    """Trains, from the newest checkpoint in `workdir` that is not damaged, if there is one, to `num_steps`.
 
-    def __init__(self):
-        self._seconds, self._waited, self._started = 0.0, 0.0, time.perf_counter()
-
-    def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, and how long each was waited for counts as waiting for data."""
-        while True:
-            started = time.perf_counter()
-            batch = next(batches)
-            self._waited += time.perf_counter() - started
-            yield batch
-
-    @contextlib.contextmanager
-    def paused(self, state: TrainState):
-        jax.block_until_ready(state.step)
-        self._seconds += time.perf_counter() - self._started
-        yield
-        self._started = time.perf_counter()
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and how many of them were spent waiting for data."""
-        now = time.perf_counter()
-        lap = self._seconds + now - self._started, self._waited
-        self._seconds, self._waited, self._started = 0.0, 0.0, now
-        return lap
-
-
-def train(experiment: Experiment, workdir: epath.PathLike) -> int | None:
-    """Trains, from the newest checkpoint in `workdir` if there is one, to `num_steps`.
-
-    SIGINT (Ctrl-C) and SIGTERM end it after the current step, with a checkpoint.
+    SIGINT (Ctrl-C) and SIGTERM, in any of the processes, end it after the current step, with a checkpoint.
 
     Args:
       experiment: what to train.
-      workdir: gets config.json, metrics.csv, checkpoints/, samples/ and TensorBoard event files.
+      workdir: gets config.json, metrics.csv, checkpoints/, samples/ and TensorBoard event files. On several hosts one
+        that all of them see.
+      profile_steps: first and last step of a trace for XProf, written to the folder "profile".
+      wandb_project: of Weights & Biases, to send the metrics to as well.
 
     Returns:
       None when all steps are done, or the number of the signal that ended it before.
 
     Raises:
       ValueError: `workdir` holds a run of another config.
+      FloatingPointError: more than `recipe.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
     """
     workdir = epath.Path(workdir)
     _keep_config(experiment.config, workdir)
-    with contextlib.closing(Checkpointer(workdir)) as checkpointer:
+    has_snapshots = bool(experiment.recipe.power_emas)
+    with (
+        contextlib.closing(
+            Checkpointer(workdir, config=experiment.config, keep_every=experiment.intervals.keep)
+        ) as checkpointer,
+        contextlib.closing(Snapshots(workdir)) if has_snapshots else contextlib.nullcontext() as snapshots,
+    ):
         state, step = _start(experiment, checkpointer)
-        with contextlib.closing(MetricsLog(workdir, step)) as log:
-            return _Run(experiment, workdir, checkpointer, log).run(state, step)
+        with (
+            contextlib.closing(MetricsLog(workdir, step, wandb_project, experiment.config)) as log,
+            contextlib.closing(Profile(workdir, profile_steps)) as profile,
+        ):
+            return _Run(experiment, workdir, checkpointer, snapshots, log, profile).run(state, step)
 
 
 def _start(experiment: Experiment, checkpointer: Checkpointer) -> tuple[TrainState, int]:
-    def create() -> TrainState:
-        params = init_params(experiment.model, experiment.input_shape, experiment.seed)
-        return create_state(params, experiment.optimizer)
-
-    sharding = replicated(experiment.mesh)
-    step = checkpointer.latest_step()
+    step = checkpointer.newest_sound_step()
     if step is None:
-        return jax.jit(create, out_shardings=sharding)(), 0
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(create)
-    )
-    print(f"Resuming from the checkpoint of step {step} in {checkpointer.directory}.", flush=True)
-    return checkpointer.restore(step, like), step
+        return experiment.recipe.create_state(), 0
+    path = checkpointer.directory / str(step)
+    _check_same_config(checkpointer.about(step)["config"], experiment.config, str(path))
+    if jax.process_index() == 0:
+        print(f"Resuming from the checkpoint of step {step}, {path}.", flush=True)
+    return checkpointer.restore(step, experiment.recipe.abstract_state()), step
 
 
 class _Run:
     """One call of `train`: the jitted steps, and what happens at each interval."""
 
-    def __init__(self, experiment: Experiment, workdir: epath.Path, checkpointer: Checkpointer, log: MetricsLog):
-        e = experiment
-        self._experiment, self._workdir, self._checkpointer, self._log = e, workdir, checkpointer, log
-        shared = {"model": e.model, "schedule": e.schedule, "encode": e.encode, "seed": e.seed, "mesh": e.mesh}
-        self._train_step = make_train_step(
-            **shared, optimizer=e.optimizer, ema_decay=e.ema_decay, has_ema_warmup=e.has_ema_warmup
-        )
-        self._eval_step = make_eval_step(**shared)
-        self._clock = _Clock()
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: epath.Path,
+        checkpointer: Checkpointer,
+        snapshots: Snapshots | None,
+        log: MetricsLog,
+        profile: Profile,
+    ):
+        self._experiment, self._workdir, self._log, self._profile = experiment, workdir, log, profile
+        self._checkpointer, self._snapshots = checkpointer, snapshots
+        self._mesh = experiment.recipe.mesh
+        self._train_step = make_train_step(experiment.recipe)
+        self._eval_step = make_eval_step(experiment.recipe)
+        self._clock = Clock()
+        self._is_first_process = jax.process_index() == 0
 
     def _to_devices(self, batch: Batch) -> Batch:
-        return batch_to_devices(self._experiment.mesh, batch)
+        return batch_to_devices(self._mesh, batch)
 
     def run(self, state: TrainState, step: int) -> int | None:
         e = self._experiment
         saved_step = step
         batches = prefetch(self._clock.waiting_for(e.train_loader.iterate(step)), self._to_devices)
+        bar_options = {"unit": "step", "dynamic_ncols": True, "disable": not self._is_first_process}
         with (
-            _stop_on_signal() as stopped,
-            tqdm(total=e.num_steps, initial=step, unit="step", dynamic_ncols=True) as bar,
+            _stop_on_signal() as stopped_by,
+            tqdm(total=e.num_steps, initial=step, **bar_options) as bar,
         ):
-            while step < e.num_steps and not stopped():
+            signum = None
+            while step < e.num_steps and (signum := stopped_by(step)) is None:
+                self._profile.before(step, state)
                 state = self._train_step(state, next(batches))
                 step += 1
                 bar.update()
                 is_last = step == e.num_steps
-                if is_last or step % e.intervals.log == 0:
+
+                def is_due(interval, step=step, is_last=is_last):
+                    return interval and (is_last or step % interval == 0)
+
+                if is_due(e.intervals.log):
                     state = self._write_metrics(state, step, bar)
                 eval_loss = None
-                if e.intervals.eval and (is_last or step % e.intervals.eval == 0):
+                if is_due(e.intervals.eval):
                     with self._clock.paused(state):
                         eval_loss = self._evaluate(state, step)
-                if e.intervals.sample and (is_last or step % e.intervals.sample == 0):
+                if is_due(e.intervals.sample):
                     with self._clock.paused(state):
                         self._draw_samples(state, step)
-                if is_last or step % e.intervals.checkpoint == 0:
+                if is_due(e.intervals.posthoc_ema):
                     with self._clock.paused(state):
-                        self._checkpointer.save(state, eval_loss)
+                        self._snapshots.save(step, state.power_ema)
+                if is_due(e.intervals.checkpoint):
+                    with self._clock.paused(state):
+                        self._save(state, step, eval_loss)
                     saved_step = step
             if saved_step != step:
-                self._checkpointer.save(state)
-            return stopped() if step < e.num_steps else None
+                self._save(state, step)
+            return signum
+
+    def _check_not_diverged(self, state: TrainState, step: int) -> None:
+        skipped, allowed = int(state.skipped_in_a_row), self._experiment.recipe.max_skipped_steps
+        if skipped > allowed:
+            steps = self._checkpointer.steps()
+            last = f"{self._checkpointer.directory / str(steps[-1])}" if steps else "none: no checkpoint was saved yet"
+            raise FloatingPointError(
+                f"the loss or its gradient was not finite from step {step - skipped + 1} on, more than "
+                f"config.optimizer.max_skipped_steps = {allowed} times in a row. The last good checkpoint is {last}. "
+                "Try a lower config.optimizer.learning_rate, config.optimizer.max_grad_norm, or float32"
+            )
+
+    def _save(self, state: TrainState, step: int, eval_loss: float | None = None) -> None:
+        self._check_not_diverged(state, step)
+        self._checkpointer.save(state, eval_loss)
 
     def _write_metrics(self, state: TrainState, step: int, bar: tqdm) -> TrainState:
         e = self._experiment
         window = jax.device_get(state.window)  # waits for the device
-        count = window.pop("count")
-        metrics = {name: total / count for name, total in window.items()}
-        metrics["learning_rate"] = float(e.learning_rate(step - 1))
-        seconds, waited = self._clock.lap()
-        metrics["images_per_second"] = float(count) * e.train_loader.batch_size / seconds
-        metrics["data_wait"] = waited / seconds
+        self._check_not_diverged(state, step)
+        count, skipped = window.pop("count"), window.pop("skipped")
+        metrics = {name: total / count if count else np.nan for name, total in window.items()}
+        metrics |= {"skipped_steps": skipped, "learning_rate": e.learning_rate(step - 1)}
+        metrics |= state_norms(state.params, state.ema_params)
+        metrics |= speed_metrics(self._clock, int(count + skipped), e.train_loader.batch_size, e.multiply_adds)
         self._log.write(step, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
-        return state.replace(window=jax.device_put(empty_window(), replicated(e.mesh)))
+        if skipped:
+            made = count + skipped
+            bar.write(f"step {step}: {skipped:.0f} of the last {made:.0f} steps skipped: loss or gradient not finite")
+        return state.replace(window=jax.device_put(empty_window(), replicated(self._mesh)))
 
     def _evaluate(self, state: TrainState, step: int) -> float:
         loader = self._experiment.eval_loader
@@ -288,7 +308,9 @@ class _Run:
 
     def _draw_samples(self, state: TrainState, step: int) -> None:
         e = self._experiment
-        images = e.sample_grid(state.ema_params, jax.random.key(e.seed))
+        images = e.sample_grid(state.ema_params, jax.random.key(e.recipe.seed))
+        if not self._is_first_process:
+            return
         grid = image_grid(images, e.num_grid_columns)
         (self._workdir / "samples").mkdir(parents=True, exist_ok=True)
         save_png(self._workdir / "samples" / f"step_{step:08d}.png", grid)

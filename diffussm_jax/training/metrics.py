@@ -1,8 +1,13 @@
 """Where a run's numbers go: metrics.csv and TensorBoard event files in the work directory."""
 
 import csv
+import hashlib
 import io
+import shutil
+import tempfile
+from pathlib import Path
 
+import jax
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
@@ -11,32 +16,67 @@ CSV_NAME = "metrics.csv"
 
 
 class MetricsLog:
-    """metrics.csv, a row for each step logged, and TensorBoard events.
+    """metrics.csv, a row for each step logged; TensorBoard events; and, if asked for, Weights & Biases.
 
-    The file is written anew as a whole each time and put in place by renaming, so that it is never half there and
-    needs no appending (which bucket storage does not have). After a resume each step stands there once.
+    metrics.csv is written anew as a whole each time and put in place by renaming, so that it is never half there and
+    needs no appending (which bucket storage does not have). After a resume each step stands there once. Event files
+    for a bucket are written to a local folder and copied at each step logged. Only the first process writes.
 
     Args:
       workdir: of the run.
       resumed_step: rows after this step are dropped; they will be made again.
+      wandb_project: a project of Weights & Biases (extra "wandb"); its run goes on when this one resumes.
+      config: the run's, for Weights & Biases.
+
+    Raises:
+      ValueError: wandb is asked for and not installed.
     """
 
-    def __init__(self, workdir: epath.PathLike, resumed_step: int):
-        self._path = epath.Path(workdir) / CSV_NAME
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        resumed_step: int,
+        wandb_project: str | None = None,
+        config: dict | None = None,
+    ):
+        self._is_writer = jax.process_index() == 0
         self._rows: dict[int, dict[str, object]] = {}
+        self._wandb, self._copied = None, None
+        if not self._is_writer:
+            return
+        workdir = epath.Path(workdir)
+        self._path = workdir / CSV_NAME
         if self._path.exists():
             for row in csv.DictReader(io.StringIO(self._path.read_text())):
                 if int(row["step"]) <= resumed_step:
                     self._rows[int(row["step"])] = row
-        self._events = SummaryWriter(str(workdir), purge_step=resumed_step + 1)
+        if wandb_project:
+            self._wandb = _start_wandb(workdir, wandb_project, config)
+        if "://" in str(workdir):
+            self._copied = Path(tempfile.mkdtemp(prefix="events_")), workdir
+        folder = str(self._copied[0] if self._copied else workdir)
+        self._events = SummaryWriter(folder, purge_step=resumed_step + 1, filename_suffix=f".{resumed_step}")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics to the row of a step, and to TensorBoard."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if not self._is_writer:
+            return
         # repr of a float32 value keeps every bit, so that two runs can be compared.
-        self._rows.setdefault(step, {"step": step}).update({k: repr(float(v)) for k, v in metrics.items()})
+        self._rows.setdefault(step, {"step": step}).update({k: repr(v) for k, v in metrics.items()})
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(metrics, step=step)
+        self._copy_events()
         self._save()
+
+    def _copy_events(self) -> None:
+        if self._copied:
+            self._events.flush()
+            folder, workdir = self._copied
+            for file in folder.iterdir():
+                (workdir / file.name).write_bytes(file.read_bytes())
 
     def _save(self) -> None:
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
@@ -50,8 +90,25 @@ class MetricsLog:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Shows [H, W, C] uint8 in TensorBoard."""
-        self._events.add_image(name, image, step, dataformats="HWC")
+        if self._is_writer:
+            self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes the event files."""
+        """Flushes everything."""
+        if not self._is_writer:
+            return
         self._events.close()
+        if self._copied:
+            self._copy_events()
+            shutil.rmtree(self._copied[0])
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(workdir: epath.Path, project: str, config: dict | None):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--wandb_project needs Weights & Biases: pip install -e '.[wandb]'") from error
+    run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]  # the same when the run resumes
+    return wandb.init(project=project, name=workdir.name, id=run_id, resume="allow", config=config)

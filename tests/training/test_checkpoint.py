@@ -24,7 +24,7 @@ def checkpointer(tmp_path):
 
 
 def test_restores_every_bit(checkpointer):
-    assert checkpointer.latest_step() is None
+    assert checkpointer.newest_sound_step() is None
     state = state_at(7).replace(ema_params={"w": {"kernel": jnp.float32([0.1, np.pi, 1e-30])}})
     checkpointer.save(state)
     restored = checkpointer.restore(7, state_at(0))
@@ -39,7 +39,7 @@ def test_keeps_the_newest_two_and_the_best(tmp_path):
             checkpointer.save(state_at(step), loss)
     with contextlib.closing(Checkpointer(tmp_path, is_read_only=True)) as checkpointer:
         assert checkpointer.resolve("best") == 2
-        assert checkpointer.resolve("latest") == checkpointer.latest_step() == 6
+        assert checkpointer.resolve("latest") == 6
         assert checkpointer.resolve("5") == 5
         with pytest.raises(ValueError, match=r"no checkpoint '4' .*choose latest, best or one of \[2, 5, 6\]"):
             checkpointer.resolve("4")
@@ -53,6 +53,101 @@ def test_the_checkpoint_of_another_model_is_refused_with_both_lists(checkpointer
         checkpointer.restore_ema(1, other)
     with pytest.raises(ValueError, match=r"unknown here: \['w/kernel'\]"):
         checkpointer.restore(1, create_state({"v": {"bias": jnp.zeros(1)}}, adamw(lambda s: 1.0)))
+
+
+def flip_a_byte(path, position=None):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 1
+    path.write_bytes(data)
+
+
+def save_three(workdir):
+    with contextlib.closing(Checkpointer(workdir, config={"seed": 3}, keep_every=1)) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(state_at(step))
+
+
+def files_of(workdir, step):
+    """Without what Orbax adds after everything else."""
+    folder = workdir / "checkpoints" / str(step)
+    added = {folder / "_CHECKPOINT_METADATA", folder / "commit_success.txt"}
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in added)
+
+
+def test_every_file_is_under_checksums_and_any_flipped_byte_is_found(tmp_path):
+    save_three(tmp_path)
+    store = Checkpointer(tmp_path, is_read_only=True)._store
+    assert store.damage(3) == []
+    files = files_of(tmp_path, 3)
+    assert any("ocdbt" in str(f) for f in files) and any(f.name == "checksums.json" for f in files)
+    for file in files:
+        if not file.stat().st_size:
+            continue
+        for position in (0, file.stat().st_size // 2):
+            flip_a_byte(file, position)
+            wrong = store.damage(3)
+            flip_a_byte(file, position)
+            name = str(file.relative_to(tmp_path / "checkpoints" / "3"))
+            assert wrong and (name in wrong[0] or file.name == "checksums.json"), file
+    files[-1].unlink()
+    assert store.damage(3) == [f"{files[-1].relative_to(tmp_path / 'checkpoints' / '3')} is missing"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, capsys):
+    save_three(tmp_path)
+    largest = max(files_of(tmp_path, 3), key=lambda p: p.stat().st_size)
+    flip_a_byte(largest)
+    damaged = largest.read_bytes()
+    with contextlib.closing(Checkpointer(tmp_path, config={"seed": 4})) as checkpointer:
+        assert checkpointer.newest_sound_step() == 2
+        np.testing.assert_array_equal(checkpointer.restore(2, state_at(0)).params["w"]["kernel"], 2.0)
+        said = capsys.readouterr().out
+        assert "checkpoint of step 3 is damaged" in said and largest.name in said
+        checkpointer.save(state_at(3))  # the same step, made again
+    aside = tmp_path / "checkpoints_damaged" / "3"
+    assert (aside / largest.relative_to(tmp_path / "checkpoints" / "3")).read_bytes() == damaged
+    with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
+        assert checkpointer.newest_sound_step() == 3
+        assert checkpointer.about(3)["config"] == {"seed": 4}
+        assert checkpointer.about(3)["versions"]["jax"] == jax.__version__
+    flip_a_byte(max(files_of(tmp_path, 3), key=lambda p: p.stat().st_size))
+    with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
+        assert checkpointer.newest_sound_step() == 2
+    assert (tmp_path / "checkpoints_damaged" / "3.1").is_dir()
+
+
+def test_sampling_passes_over_a_damaged_checkpoint_and_moves_nothing(tmp_path, capsys):
+    save_three(tmp_path)
+    flip_a_byte(max((f for f in files_of(tmp_path, 3) if "ema" in f.parts), key=lambda p: p.stat().st_size))
+    with contextlib.closing(Checkpointer(tmp_path, is_read_only=True)) as checkpointer:
+        assert checkpointer.resolve("latest") == 2
+        assert "3 is damaged" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"3 is damaged: ema/.*SHA-256 is"):
+            checkpointer.resolve("3")
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+def test_a_save_that_ended_before_its_checksums_does_not_count(tmp_path, monkeypatch):
+    save_three(tmp_path)
+    monkeypatch.setattr("diffussm_jax.training.checkpoint.file_sha256", lambda path: 1 / 0)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(state_at(4))
+    with pytest.raises(ZeroDivisionError):
+        checkpointer.close()
+    monkeypatch.undo()
+    with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
+        assert checkpointer.newest_sound_step() == 3
+        checkpointer.save(state_at(4))
+    with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
+        assert checkpointer.newest_sound_step() == 4
+
+
+def test_multiples_are_kept_for_good(tmp_path):
+    with contextlib.closing(Checkpointer(tmp_path, keep_every=4)) as checkpointer:
+        for step in range(1, 12):
+            checkpointer.save(state_at(step))
+    with contextlib.closing(Checkpointer(tmp_path, is_read_only=True)) as checkpointer:
+        assert checkpointer.steps() == [4, 8, 10, 11]
 
 
 def test_equal_trees_pass_and_a_missing_folder_is_named(tmp_path):

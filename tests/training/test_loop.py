@@ -13,7 +13,7 @@ from tiny import tiny_config
 
 from diffussm_jax.build import build_experiment
 from diffussm_jax.training.checkpoint import Checkpointer
-from diffussm_jax.training.loop import init_params, train
+from diffussm_jax.training.loop import train
 from diffussm_jax.training.optimizer import adamw
 from diffussm_jax.training.state import create_state
 
@@ -26,10 +26,9 @@ def rows(workdir):
 
 
 def final_state(workdir):
-    experiment = build_experiment(tiny_config())
-    params = init_params(experiment.model, experiment.input_shape, 0)
+    recipe = build_experiment(tiny_config()).recipe
     with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
-        return checkpointer.restore(12, create_state(params, experiment.optimizer))
+        return checkpointer.restore(12, recipe.abstract_state())
 
 
 @pytest.mark.parametrize("signum,stop_at", [(signal.SIGINT, 5), (signal.SIGTERM, 8)], ids=["ctrl-c", "sigterm"])

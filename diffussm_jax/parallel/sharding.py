@@ -1,0 +1,104 @@
+"""Where parameters and activations lie on the mesh: rules for paths, and constraints inside a model.
+
+A rule is (regular expression, axes of each dimension). The first whose expression is found in a parameter's path
+("blocks/W0/kernel") decides; what follows parameters, like an optimizer's state, has the same path at its end and so
+lies as they do. What no rule names is on every device.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffussm_jax.parallel.mesh import BATCH
+
+Axes = None | str | tuple[str, ...]
+Rules = Sequence[tuple[str, tuple[Axes, ...]]]
+
+
+def path_of(key_path) -> str:
+    """A key path of jax.tree_util as text, "blocks/W0/kernel"."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+    """How the rules lay one array.
+
+    Raises:
+      ValueError: a dimension is not a multiple of the devices that it is split over, or the rule is of another rank.
+    """
+    for pattern, axes in rules:
+        if not re.search(pattern, path):
+            continue
+        if len(axes) > len(shape):
+            raise ValueError(f"the sharding rule {pattern!r} -> {axes} does not fit {path} of shape {shape}")
+        for size, names in zip(shape, axes, strict=False):
+            names = (names,) if isinstance(names, str) else names or ()
+            split = 1
+            for name in names:
+                split *= mesh.shape[name]
+            if size % split:
+                raise ValueError(
+                    f"{path} of shape {shape} cannot be split: {size} is not a multiple of the {split} devices along "
+                    f"{' x '.join(names)}; choose a smaller config.mesh.{names[-1]}"
+                )
+        return PartitionSpec(*axes)
+    return PartitionSpec()
+
+
+def shardings(tree, rules: Rules, mesh: Mesh):
+    """The sharding of every leaf (anything with a shape) of a tree; ValueError as `spec_of`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf.shape, rules, mesh)), tree
+    )
+
+
+def _has_mesh() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def whole_channels(x: jax.Array) -> jax.Array:
+    """Lays an activation [B, ...] so that only its batch is split; without a mesh around, `x` as it is."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if _has_mesh() else x
+
+
+def split_channels(x: jax.Array) -> jax.Array:
+    """Lays an activation [B, ..., D] so that its batch and its channels are split; without a mesh around, `x`."""
+    axes = (BATCH, *(None,) * (x.ndim - 2), "tensor")
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if _has_mesh() else x
+
+
+def gathered_dot_general(x: jax.Array, kernel: jax.Array, *args, **kwargs) -> jax.Array:
+    """`lax.dot_general` with a kernel [D_in, D_out] that every device gathers whole first, for `nn.Dense(dot_general=)`.
+
+    Left to itself, XLA may split such a product along axes of the mesh that are idle, and communicate activations.
+    """
+    if _has_mesh():
+        kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec(None, None))
+    return jax.lax.dot_general(x, kernel, *args, **kwargs)
+
+
+def over_channels(apply: Callable, params, u: jax.Array) -> jax.Array:
+    """Runs `apply(params, u)` on each device's own batch rows and channels, without communication.
+
+    XLA would gather the batch for an FFT, and channels where two halves of them are put side by side.
+
+    Args:
+      apply: (params, u [b, L, d]) -> [b, L, R, d]; no channel depends on another.
+      params: a pytree of arrays [D, ...].
+      u: [B, L, D].
+
+    Returns:
+      [B, L, R, D].
+    """
+    if not _has_mesh():
+        return apply(params, u)
+    sharded = jax.shard_map(
+        apply,
+        in_specs=(PartitionSpec("tensor"), PartitionSpec(BATCH, None, "tensor")),
+        out_specs=PartitionSpec(BATCH, None, None, "tensor"),
+        check_vma=False,
+    )
+    return sharded(params, u)

@@ -1,0 +1,266 @@
+"""Machines by name, chips and their facts, and devices to compile for without having them.
+
+A TPU slice is named by its shape in chips, "v5e:16x16" or "v4:2x2x1", or as Google names accelerators: "v5e-256" (also
+"v5litepod-256") and "v6e-64" count chips, "v2-8", "v3-8", "v4-8" and "v5p-8" TensorCores, of which a chip has two.
+GPUs are "h100", or "h100:16" for several, in machines of eight.
+
+JAX compiles for a TPU with `libtpu` installed, and for a GPU with its CUDA plugin; neither needs the device.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+_GIB = 2**30
+_GPUS_A_HOST = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """The facts of one chip that are published, a device's where a chip is several devices to JAX.
+
+    Attributes:
+      name: as in names of machines.
+      platform: "tpu" or "cuda".
+      device_kinds: what JAX calls such a device.
+      peak_flops: dense bfloat16, FLOP/s.
+      memory_bytes: what a program can have. TPUs: the limit of the compiler in libtpu 0.0.42, found by exceeding it.
+        GPUs: about 95 % of what CUDA reports, for which XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 must be set.
+      memory_bandwidth: byte/s.
+      devices_per_chip: as JAX shows them.
+      cores_per_chip: that Google's names count; 1 where they count chips.
+      num_axes: of the shape of a slice; 0 for GPUs.
+    """
+
+    name: str
+    platform: str = "tpu"
+    device_kinds: tuple[str, ...]
+    peak_flops: float
+    memory_bytes: int
+    memory_bandwidth: float
+    devices_per_chip: int = 1
+    cores_per_chip: int = 1
+    num_axes: int = 0
+
+
+class _Gpu(NamedTuple):
+    """What XLA's description of a GPU needs beside that."""
+
+    description: str
+    memory_gib: float  # as CUDA reports it
+    capability: str
+    num_cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    l2_mib: int
+    shared_kib: int
+
+
+def _tpu(name, device_kinds, tera_flops, gib, gb_per_s, num_axes, *, devices_per_chip=1, cores_per_chip=1) -> Chip:
+    return Chip(
+        name=name,
+        device_kinds=device_kinds,
+        peak_flops=tera_flops * 1e12 / devices_per_chip,
+        memory_bytes=int(gib * _GIB),
+        memory_bandwidth=gb_per_s * 1e9 / devices_per_chip,
+        devices_per_chip=devices_per_chip,
+        cores_per_chip=cores_per_chip,
+        num_axes=num_axes,
+    )
+
+
+def _gpu(name, tera_flops, gb_per_s) -> Chip:
+    return Chip(
+        name=name,
+        platform="cuda",
+        device_kinds=(_GPUS[name].description,),
+        peak_flops=tera_flops * 1e12,
+        memory_bytes=int(0.95 * _GPUS[name].memory_gib * _GIB),
+        memory_bandwidth=gb_per_s * 1e9,
+    )
+
+
+_HOPPER = ("major: 9 feature_extension: ACCELERATED_FEATURES", 132, 128, 1.98, 50, 228)
+_GPUS = {
+    "h100": _Gpu("NVIDIA H100 80GB HBM3", 79.1, *_HOPPER),
+    "h200": _Gpu("NVIDIA H200", 139.8, *_HOPPER),
+    "a100": _Gpu("NVIDIA A100-SXM4-80GB", 79.1, "major: 8", 108, 64, 1.41, 40, 164),
+}
+# Peaks and bandwidths a chip: cloud.google.com/tpu/docs (system architecture), NVIDIA's data sheets (SXM, no sparsity).
+_ALL_CHIPS = (
+    _tpu("v2", ("TPU v2",), 46, 7.48, 700, 2, devices_per_chip=2, cores_per_chip=2),
+    _tpu("v3", ("TPU v3",), 123, 15.48, 900, 2, devices_per_chip=2, cores_per_chip=2),
+    _tpu("v4", ("TPU v4",), 275, 30.75, 1228, 3, cores_per_chip=2),
+    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 15.75, 819, 2),
+    _tpu("v5p", ("TPU v5", "TPU v5p"), 459, 95.74, 2765, 3, cores_per_chip=2),
+    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 31.25, 1638, 2),
+    _tpu("tpu7x", ("TPU7x",), 2307, 94.75, 7380, 3, devices_per_chip=2, cores_per_chip=2),
+    _gpu("h100", 989, 3350),
+    _gpu("h200", 989, 4800),
+    _gpu("a100", 312, 2039),
+)
+CHIPS: Mapping[str, Chip] = MappingProxyType({chip.name: chip for chip in _ALL_CHIPS})
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The peak of a device in dense bfloat16 FLOP/s, by its `device_kind`; None if it is not known here."""
+    return next((chip.peak_flops for chip in _ALL_CHIPS if device_kind in chip.device_kinds), None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Chips of one kind in one program.
+
+    Attributes:
+      name: as it was asked for.
+      chip: its facts.
+      shape: chips along each axis of a slice; (hosts, GPUs of a host).
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.devices_per_chip
+
+
+def parse_machine(name: str) -> Machine:
+    """The machine of a name, as this module's docstring describes them.
+
+    Raises:
+      ValueError: there is no such chip, or no slice of that shape.
+    """
+    match = re.fullmatch(r"([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))?", name.lower())
+    chip = CHIPS.get(_ALIASES.get(match[1], match[1])) if match else None
+    if chip is None:
+        raise ValueError(
+            f"unknown machine {name!r}; give a TPU slice, such as v4-8, v5e:16x16 or v6e-64, or GPUs, such as h100 or "
+            f"h100:8; chips are {', '.join(CHIPS)}"
+        )
+    shape = tuple(int(size) for size in match[2].split("x")) if match[2] else None
+    count = int(match[3]) if match[3] else None
+    if 0 in (shape or ()) or count == 0:
+        raise ValueError(f"a machine has at least one chip, got {name!r}")
+    if chip.platform == "cuda":
+        return Machine(name=name, chip=chip, shape=_hosts(name, shape, count))
+    if shape is None:
+        shape = _usual_shape(name, chip, count)
+    if len(shape) != chip.num_axes:
+        example = "x".join("224"[-chip.num_axes :])
+        raise ValueError(
+            f"slices of {chip.name} have {chip.num_axes} axes, such as {chip.name}:{example}; got {name!r}"
+        )
+    return Machine(name=name, chip=chip, shape=shape)
+
+
+def _hosts(name: str, shape: tuple[int, ...] | None, count: int | None) -> tuple[int, int]:
+    if count is not None or len(shape or (1,)) != 1:
+        raise ValueError(f"several GPUs are written h100:8; got {name!r}")
+    num_gpus = shape[0] if shape else 1
+    if num_gpus > _GPUS_A_HOST and num_gpus % _GPUS_A_HOST:
+        raise ValueError(f"more than {_GPUS_A_HOST} GPUs must be a multiple of {_GPUS_A_HOST}, got {name!r}")
+    return max(1, num_gpus // _GPUS_A_HOST), min(num_gpus, _GPUS_A_HOST)
+
+
+def _usual_shape(name: str, chip: Chip, count: int | None) -> tuple[int, ...]:
+    """The most even shape of a slice that is named by its size: 8x16 for 128 chips, 2x4x4 for 32."""
+    unit = "TensorCores" if chip.cores_per_chip > 1 else "chips"
+    num_chips, rest = divmod(count or 0, chip.cores_per_chip)
+    if rest or num_chips < 1 or num_chips & (num_chips - 1):
+        raise ValueError(
+            f"a slice named by its size has a power of two {unit}, such as {chip.name}-{4 * chip.cores_per_chip}, got "
+            f"{name!r}; name others by their shape, {chip.name}:{'x'.join('2' * chip.num_axes)}"
+        )
+    if chip.num_axes == 3 and num_chips == 4:
+        return 2, 2, 1
+    exponent = num_chips.bit_length() - 1
+    return tuple(2 ** ((exponent + i) // chip.num_axes) for i in range(chip.num_axes))
+
+
+def compile_only_devices(machine: Machine) -> list[jax.Device]:
+    """Devices of a machine that programs can be compiled for, and not run on.
+
+    Raises:
+      ValueError: what JAX needs for that is not installed, or JAX refuses the shape; says what to do.
+    """
+    if machine.chip.platform == "cuda":
+        return _cuda_devices(machine)
+    # They tell libtpu not to look for a TPU in this computer; any slice will do.
+    for key, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(key, value)
+    shape = "x".join(map(str, machine.shape))
+    hosts = tuple(2 if size % 2 == 0 else 1 for size in (*machine.shape, 1))[:3]
+    options = {"chip_config_name": "megacore"} if machine.chip.name == "v4" else {}
+    try:
+        topology = topologies.get_topology_desc(
+            f"{machine.chip.name}:{shape}", "tpu", chips_per_host_bounds=hosts, **options
+        )
+    except RuntimeError as error:
+        if "support not installed" in str(error):
+            raise ValueError("compiling for TPUs needs libtpu: pip install 'jax[tpu]'") from error
+        raise ValueError(f"libtpu has no slice {machine.name!r}: {error}") from error
+    return topology.devices
+
+
+def _cuda_devices(machine: Machine) -> list[jax.Device]:
+    hosts, gpus = machine.shape
+    try:
+        topology = topologies.get_topology_desc(
+            machine.chip.name, "cuda", target_config=_target_config(machine.chip), topology=f"1x{hosts}x{gpus}"
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            "compiling for NVIDIA GPUs needs JAX's CUDA plugin: pip install 'jax[cuda12]', or, to compile only, "
+            f"jax-cuda12-plugin=={jax.__version__} nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 "
+            "nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12; and JAX_PLATFORMS=cpu where there is no GPU"
+        ) from error
+    return topology.devices
+
+
+def _target_config(chip: Chip) -> str:
+    """XLA's description of a GPU, a GpuTargetConfigProto as text; limits by CUDA's table of compute capabilities."""
+    gpu, kib = _GPUS[chip.name], 2**10
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{gpu.description}"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ {gpu.capability} }}
+          core_count: {gpu.num_cores}
+          fpus_per_core: {gpu.fpus_per_core}
+          clock_rate_ghz: {gpu.clock_ghz}
+          memory_bandwidth: {int(chip.memory_bandwidth)}
+          device_memory_size: {int(gpu.memory_gib * _GIB)}
+          l2_cache_size: {gpu.l2_mib * kib**2}
+          shared_memory_per_core: {gpu.shared_kib * kib}
+          shared_memory_per_block: {48 * kib}
+          shared_memory_per_block_optin: {(gpu.shared_kib - 1) * kib}
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          threads_per_core_limit: 2048
+          threads_per_block_limit: 1024
+          threads_per_warp: 32
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+        }}"""

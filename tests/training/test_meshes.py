@@ -1,0 +1,117 @@
+"""One run on any mesh: the same losses on 1 device, on 8 in any arrangement and in two processes; resumed on others."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CIFAR = ROOT.parent / "shared/data/cifar10_jpg.zip"
+DIGITS = ("--config=configs/digits.py", "--config.model.width=32", "--config.model.depth=2")
+QUIET = ("--config.eval_every=0", "--config.sample_every=0", "--config.data.eval_split=", "--config.log_every=1")
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "2x2x2": (2, 2, 2)}
+
+
+def mesh_flags(data, fsdp, tensor):
+    return f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"
+
+
+def start(workdir, *flags, num_devices=1, num_processes=1):
+    """The processes of one run of main; their output goes to files in `workdir`."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    processes = []
+    workdir.mkdir(parents=True, exist_ok=True)
+    for i in range(num_processes):
+        command = [sys.executable, "-m", "diffussm_jax.main", f"--workdir={workdir / 'run'}", *flags]
+        if num_processes > 1:
+            command.append(f"--distributed={address},{num_processes},{i}")
+        with open(workdir / f"output_{i}", "w") as output:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output))
+    return processes
+
+
+def wait(workdir, processes, code=0):
+    for i, process in enumerate(processes):
+        found = process.wait(timeout=400)
+        assert found == code, (workdir / f"output_{i}").read_text()[-4000:]
+
+
+def run(workdir, *flags, code=0, **options):
+    wait(workdir, start(workdir, *flags, **options), code)
+    return losses(workdir)
+
+
+def losses(workdir):
+    path = workdir / "run" / "metrics.csv"
+    if not path.exists():
+        return np.array([])
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    return np.array([float(row["loss"]) for row in rows])
+
+
+def digits_flags(num_steps=50, checkpoint_every=1000):
+    lengths = (f"--config.num_steps={num_steps}", f"--config.checkpoint_every={checkpoint_every}")
+    return (*DIGITS, *QUIET, *lengths, "--config.optimizer.decay=constant")
+
+
+@pytest.fixture(scope="session")
+def on_one_device(tmp_path_factory):
+    found = run(tmp_path_factory.mktemp("one_device"), *digits_flags())
+    assert found[-1] < 0.8 * found[0]
+    return found
+
+
+def assert_same_losses(found, expected):
+    assert len(found) == len(expected) == 50
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_digits_train_alike_on_any_mesh(mesh, on_one_device, tmp_path):
+    assert_same_losses(run(tmp_path, *digits_flags(), *mesh_flags(*mesh), num_devices=8), on_one_device)
+
+
+def test_two_processes_train_alike_and_stop_together(on_one_device, tmp_path):
+    flags = (*digits_flags(), *mesh_flags(2, 2, 2))
+    options = {"num_devices": 4, "num_processes": 2}
+    processes = start(tmp_path, *flags, **options)
+    while len(losses(tmp_path)) < 10:
+        assert all(p.poll() is None for p in processes), (tmp_path / "output_0").read_text()[-4000:]
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)  # one of them is enough, as when one host is taken away
+    wait(tmp_path, processes, code=75)
+    stopped_at = len(losses(tmp_path))
+    assert 10 <= stopped_at < 50 and (tmp_path / "run" / "checkpoints" / str(stopped_at)).is_dir()
+    assert "Stopped by SIGTERM, saved" in (tmp_path / "output_0").read_text()
+    assert_same_losses(run(tmp_path, *flags, **options), on_one_device)
+    assert f"checkpoint of step {stopped_at}" in (tmp_path / "output_0").read_text()
+
+
+@pytest.mark.skipif(not CIFAR.exists(), reason="needs CIFAR-10 beside the project: ../shared/data/cifar10_jpg.zip")
+def test_cifar10_trains_alike_on_a_mesh(tmp_path):
+    flags = (
+        *("--config=configs/cifar10.py:S", "--config.model.width=32", "--config.model.depth=2", *QUIET),
+        *("--config.num_steps=50", "--config.batch_size=8", "--config.optimizer.learning_rate=1e-3"),
+        *(f"--config.data.path={CIFAR}", "--config.model.state_size=8"),
+    )
+    expected = run(tmp_path / "one", *flags)
+    assert_same_losses(run(tmp_path / "mesh", *flags, *mesh_flags(2, 2, 2), num_devices=8), expected)
+
+
+def test_a_run_goes_on_on_fewer_devices(on_one_device, tmp_path):
+    run(tmp_path, *digits_flags(20), *mesh_flags(2, 4, 1), num_devices=8)
+    run(tmp_path, *digits_flags(35), *mesh_flags(1, 2, 2), num_devices=4)
+    found = run(tmp_path, *digits_flags(50), num_devices=1)
+    np.testing.assert_allclose(found, on_one_device, rtol=1e-4)

@@ -1,0 +1,112 @@
+"""What a run says of its speed and of its parameters; the trace; Weights & Biases; a work directory in a bucket."""
+
+import contextlib
+import csv
+import sys
+import time
+import types
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from etils.epath.backend import fsspec_backend
+from tiny import tiny_config
+
+from diffussm_jax.build import build_experiment
+from diffussm_jax.main import parse_steps
+from diffussm_jax.training import telemetry
+from diffussm_jax.training.loop import train
+from diffussm_jax.training.metrics import MetricsLog
+
+
+def test_rows_hold_speed_and_norms(tiny_run):
+    with open(tiny_run / "metrics.csv", newline="") as file:
+        row = {k: float(v) for k, v in list(csv.DictReader(file))[-1].items() if v}
+    assert row["skipped_steps"] == 0 and 0 < row["ema_distance"] < row["param_norm"]
+    assert 0 <= row["data_wait"] < 1 and 0 < row["compute_ms"] <= row["step_ms"]
+    assert row["images_per_second"] == pytest.approx(8 / row["step_ms"] * 1e3, rel=1e-6)
+    assert 0.1 < row["peak_memory_gb"] < 100
+    assert "mfu" not in row  # a CPU's peak is not known
+
+
+def test_mfu_is_as_it_is_defined(monkeypatch):
+    monkeypatch.setattr(telemetry, "peak_flops", lambda kind: 200e12)
+    # 3 passes, 2 operations a multiply-add, 100 images/s, one device of 200 TFLOP/s.
+    assert telemetry.mfu(100, 10**11) == pytest.approx(3 * 2 * 1e11 * 100 / 200e12 / jax.device_count())
+
+
+def test_norms_are_euclidean_over_all_parameters():
+    params, ema = {"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}, {"a": jnp.array([3.0]), "b": jnp.array([[2.0]])}
+    norms = telemetry.state_norms(params, ema)
+    assert (float(norms["param_norm"]), float(norms["ema_distance"])) == (5.0, 2.0)
+
+
+def test_the_clock_leaves_out_what_is_paused():
+    clock = telemetry.Clock()
+    time.sleep(0.05)
+    with clock.paused(types.SimpleNamespace(step=jnp.int32(0))):
+        time.sleep(0.5)
+    next(clock.waiting_for(iter([0])))
+    seconds, waited = clock.lap()
+    assert 0.05 <= seconds < 0.4 and 0 <= waited < 0.1
+
+
+def test_a_trace_of_some_steps_is_written(tmp_path):
+    assert train(build_experiment(tiny_config()), tmp_path, profile_steps=(2, 4)) is None
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
+
+
+@pytest.mark.parametrize("text", ["100", "5:5", "9:3", "a:b", "-1:3", ":"])
+def test_wrong_profile_steps_are_named(text):
+    assert parse_steps("100:105") == (100, 105) and parse_steps(None) is None
+    with pytest.raises(ValueError, match=f"must be FIRST:LAST, such as 100:105, got '{text}'"):
+        parse_steps(text)
+
+
+class FakeWandb(types.ModuleType):
+    def __init__(self):
+        super().__init__("wandb")
+        self.inits, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.inits.append(options)
+        return self
+
+    def log(self, metrics, step):
+        self.logged.append((step, metrics))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_what_the_csv_gets(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for resumed_step in (0, 10):
+        with contextlib.closing(MetricsLog(tmp_path / "a", resumed_step, "project", {"seed": 3})) as log:
+            log.write(resumed_step + 10, {"loss": np.float32(0.5)})
+    first, second = fake.inits
+    assert first == second  # the resumed run goes on under the same id
+    assert first["project"] == "project" and first["config"] == {"seed": 3} and first["resume"] == "allow"
+    assert fake.logged == [(10, {"loss": 0.5}), (20, {"loss": 0.5})] and fake.finished == 2
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"needs Weights & Biases: pip install -e '\.\[wandb\]'"):
+        MetricsLog(tmp_path / "b", 0, "project")
+
+
+def test_metrics_go_into_a_bucket(monkeypatch):
+    in_memory = fsspec.filesystem("memory")
+    monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda self, name: in_memory)
+    bucket = epath.Path("gs://bucket/run")
+    with contextlib.closing(MetricsLog(bucket, 0)) as log:
+        log.write(10, {"loss": 1.0})
+        log.image(10, "samples", np.zeros((4, 4, 1), np.uint8))
+    with contextlib.closing(MetricsLog(bucket, 10)) as log:
+        log.write(20, {"loss": 2.0})
+    assert [r["loss"] for r in csv.DictReader((bucket / "metrics.csv").read_text().splitlines())] == ["1.0", "2.0"]
+    events = [p for p in bucket.iterdir() if "tfevents" in p.name]
+    assert len(events) == 2 and any(b"samples" in p.read_bytes() for p in events)
