@@ -298,10 +298,9 @@ def build_experiment(config: ConfigDict) -> Experiment:
     """
     validate(config, jax.device_count())
     mesh = make_mesh(**config.mesh.to_dict())
+    train_loader, eval_loader = build_loaders(config, mesh)
     codec = build_codec(config, has_decoder=config.sample_every > 0)
     recipe = build_recipe(config, mesh, codec.encode)
-    recipe.abstract_state()  # says at once if a parameter cannot be split
-    train_loader, eval_loader = build_loaders(config, mesh)
     sampler = build_sampler(config, recipe.model, recipe.schedule, mesh)
     num_columns = min(max(config.data.num_classes, 1), _MAX_GRID_COLUMNS)
     grid_labels = np.arange(config.sampling.num_grid_rows * num_columns, dtype=np.int32) % num_columns

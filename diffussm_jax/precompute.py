@@ -29,7 +29,6 @@ import numpy as np
 import tensorflow_datasets  # noqa: F401 - before threads run: it replaces `__import__` while it is imported
 from absl import app, flags
 from etils import epath
-from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from diffussm_jax import cli
@@ -38,7 +37,7 @@ from diffussm_jax.data import latents
 from diffussm_jax.data.images import BrokenImage
 from diffussm_jax.data.sources import Source, open_source
 from diffussm_jax.data.transforms import center_crop, image_grid, save_png, to_uint8, to_unit_range
-from diffussm_jax.parallel.mesh import over_batch, replicated
+from diffussm_jax.parallel.mesh import make_mesh, over_batch, replicated
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
 _SOURCE = flags.DEFINE_string(
@@ -197,7 +196,7 @@ def make_encoder(job: Job) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]
     devices = jax.local_devices()
     if job.batch_size % len(devices):
         raise ValueError(f"--batch_size={job.batch_size} is not a multiple of the {len(devices)} local devices")
-    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(devices=devices)
 
     def encode(params, images):
         x = to_unit_range(images)

@@ -58,14 +58,24 @@ def test_the_papers_configs_come_in_sizes(size, width, depth):
         ("diffusion.schedule", "sigmoid", "'sigmoid'; choose one of linear, cosine"),
         ("optimizer.ema_decay", 1.5, "config.optimizer.ema_decay must be from 0 to 1, got 1.5"),
         ("sampling.num_steps", 2000, "sampling.num_steps = 2000 exceeds config.diffusion.num_steps = 1000"),
-        ("mesh.data", 16, "config.mesh.data must be -1 or from 1 to the 8 devices, got 16"),
-        ("batch_size", 257, "batch_size = 257 is not a multiple of the 8 devices"),
+        ("mesh.data", 16, "config.mesh: data = 16, fsdp = 1, tensor = 1 needs 16 devices, there are 8"),
+        ("mesh.tensor", 3, "config.mesh: data = -1, fsdp = 1, tensor = 3 does not divide the 8 devices"),
+        ("batch_size", 257, "batch_size = 257 is not a multiple of 8: config.mesh.data = 8 x fsdp = 1 devices x"),
+        ("optimizer.accumulation_steps", 3, "batch_size = 256 is not a multiple of 24: .*accumulation_steps = 3"),
+        ("model.remat", "all", "config.model.remat is 'all'; choose one of none, dots, block"),
     ],
 )
 def test_wrong_values_are_named(key, value, message):
     config = default_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
+        validate(config, num_devices=8)
+
+
+def test_the_width_must_be_a_multiple_of_what_splits_it():
+    config = default_config()
+    config.mesh.fsdp, config.mesh.tensor, config.model.width = 4, 2, 388
+    with pytest.raises(ValueError, match="width = 388 is not a multiple of config.mesh.fsdp = 4 x tensor = 2"):
         validate(config, num_devices=8)
 
 

@@ -63,7 +63,8 @@ class TimeEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        options = {"kernel_init": nn.initializers.normal(0.02), "dtype": self.dtype, "dot_general": gathered_dot_general}
+        init = nn.initializers.normal(0.02)
+        options = {"kernel_init": init, "dtype": self.dtype, "dot_general": gathered_dot_general}
         x = sinusoidal_features(t, NUM_TIME_FEATURES)
         x = nn.silu(whole_channels(nn.Dense(self.width, **options, name="hidden")(x)))
         return whole_channels(nn.Dense(self.width, **options, name="out")(x))

@@ -71,7 +71,7 @@ def split_channels(x: jax.Array) -> jax.Array:
 
 
 def gathered_dot_general(x: jax.Array, kernel: jax.Array, *args, **kwargs) -> jax.Array:
-    """`lax.dot_general` with a kernel [D_in, D_out] that every device gathers whole first, for `nn.Dense(dot_general=)`.
+    """`lax.dot_general` for `nn.Dense(dot_general=)`, whose kernel [D_in, D_out] every device gathers whole first.
 
     Left to itself, XLA may split such a product along axes of the mesh that are idle, and communicate activations.
     """
