@@ -7,6 +7,7 @@ is found out, set aside and reported, and the one before it used.
 """
 
 import importlib.metadata
+import itertools
 import json
 
 import jax
@@ -130,11 +131,15 @@ class Store:
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a step's folder out of the way, and returns where to; nothing of it is lost."""
-        aside = self.directory.parent / f"{self.directory.name}_damaged"
-        aside.mkdir(parents=True, exist_ok=True)
-        number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
-        target = aside / (f"{step}.{number}" if number else str(step))
-        (self.directory / str(step)).rename(target)
+        folder, aside = self.directory / str(step), self.directory.parent / f"{self.directory.name}_damaged"
+        names = itertools.chain([str(step)], (f"{step}.{number}" for number in itertools.count(1)))
+        target = next(aside / name for name in names if not (aside / name).exists())
+        if "://" not in str(folder):
+            aside.mkdir(exist_ok=True)
+            return folder.rename(target)
+        for name in _files(folder):  # buckets have no folders that could be renamed
+            (folder / name).copy(target / name)
+        folder.rmtree()
         return target
 
     def reload(self) -> None:
