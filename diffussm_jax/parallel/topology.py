@@ -37,6 +37,7 @@ class Chip:
       devices_per_chip: as JAX shows them.
       cores_per_chip: that Google's names count; 1 where they count chips.
       num_axes: of the shape of a slice; 0 for GPUs.
+      max_chips: of a slice; of GPUs, as many as one likes.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Chip:
     devices_per_chip: int = 1
     cores_per_chip: int = 1
     num_axes: int = 0
+    max_chips: int | None = None
 
 
 class _Gpu(NamedTuple):
@@ -63,7 +65,9 @@ class _Gpu(NamedTuple):
     shared_kib: int
 
 
-def _tpu(name, device_kinds, tera_flops, gib, gb_per_s, num_axes, *, devices_per_chip=1, cores_per_chip=1) -> Chip:
+def _tpu(
+    name, device_kinds, tera_flops, gib, gb_per_s, num_axes, max_chips, *, devices_per_chip=1, cores_per_chip=1
+) -> Chip:
     return Chip(
         name=name,
         device_kinds=device_kinds,
@@ -73,6 +77,7 @@ def _tpu(name, device_kinds, tera_flops, gib, gb_per_s, num_axes, *, devices_per
         devices_per_chip=devices_per_chip,
         cores_per_chip=cores_per_chip,
         num_axes=num_axes,
+        max_chips=max_chips,
     )
 
 
@@ -95,13 +100,13 @@ _GPUS = {
 }
 # Peaks and bandwidths a chip: cloud.google.com/tpu/docs (system architecture), NVIDIA's data sheets (SXM, no sparsity).
 _ALL_CHIPS = (
-    _tpu("v2", ("TPU v2",), 46, 7.48, 700, 2, devices_per_chip=2, cores_per_chip=2),
-    _tpu("v3", ("TPU v3",), 123, 15.48, 900, 2, devices_per_chip=2, cores_per_chip=2),
-    _tpu("v4", ("TPU v4",), 275, 30.75, 1228, 3, cores_per_chip=2),
-    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 15.75, 819, 2),
-    _tpu("v5p", ("TPU v5", "TPU v5p"), 459, 95.74, 2765, 3, cores_per_chip=2),
-    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 31.25, 1638, 2),
-    _tpu("tpu7x", ("TPU7x",), 2307, 94.75, 7380, 3, devices_per_chip=2, cores_per_chip=2),
+    _tpu("v2", ("TPU v2",), 46, 7.48, 700, 2, 256, devices_per_chip=2, cores_per_chip=2),
+    _tpu("v3", ("TPU v3",), 123, 15.48, 900, 2, 1024, devices_per_chip=2, cores_per_chip=2),
+    _tpu("v4", ("TPU v4",), 275, 30.75, 1228, 3, 4096, cores_per_chip=2),
+    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 15.75, 819, 2, 256),
+    _tpu("v5p", ("TPU v5", "TPU v5p"), 459, 95.74, 2765, 3, 8960, cores_per_chip=2),
+    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 31.25, 1638, 2, 256),
+    _tpu("tpu7x", ("TPU7x",), 2307, 94.75, 7380, 3, 9216, devices_per_chip=2, cores_per_chip=2),
     _gpu("h100", 989, 3350),
     _gpu("h200", 989, 4800),
     _gpu("a100", 312, 2039),
@@ -164,6 +169,8 @@ def parse_machine(name: str) -> Machine:
         raise ValueError(
             f"slices of {chip.name} have {chip.num_axes} axes, such as {chip.name}:{example}; got {name!r}"
         )
+    if math.prod(shape) > chip.max_chips:
+        raise ValueError(f"the largest slices of {chip.name} have {chip.max_chips} chips; got {name!r}")
     return Machine(name=name, chip=chip, shape=shape)
 
 
