@@ -46,6 +46,13 @@ setup(
         "lsun": ["lmdb"],
         # Preparing data sets by TFDS; reading them needs no TensorFlow.
         "prepare": ["tensorflow"],
+        # Compiling for machines that one does not have (`diffussm_jax.plan`): libtpu; and NVIDIA's compiler behind
+        # JAX's plugin, which must be of JAX's version.
+        "plan": ["jax[tpu]"],
+        "plan-gpu": [
+            *("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-runtime-cu12"),
+            *("nvidia-cuda-cupti-cu12", "nvidia-nvjitlink-cu12"),
+        ],
         # Weights & Biases, --wandb_project.
         "wandb": ["wandb"],
         # What the notebooks of colabs/ need beside Jupyter.

@@ -224,7 +224,9 @@ def compile_only_devices(machine: Machine) -> list[jax.Device]:
         )
     except RuntimeError as error:
         if "support not installed" in str(error):
-            raise ValueError("compiling for TPUs needs libtpu: pip install 'jax[tpu]'") from error
+            raise ValueError(
+                "compiling for TPUs needs libtpu: pip install -e '.[plan]', or pip install 'jax[tpu]'"
+            ) from error
         raise ValueError(f"libtpu has no slice {machine.name!r}: {error}") from error
     return topology.devices
 
@@ -237,9 +239,9 @@ def _cuda_devices(machine: Machine) -> list[jax.Device]:
         )
     except NotImplementedError as error:
         raise ValueError(
-            "compiling for NVIDIA GPUs needs JAX's CUDA plugin: pip install 'jax[cuda12]', or, to compile only, "
-            f"jax-cuda12-plugin=={jax.__version__} nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 "
-            "nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12; and JAX_PLATFORMS=cpu where there is no GPU"
+            "compiling for NVIDIA GPUs needs JAX's CUDA plugin: pip install -e '.[plan-gpu]' to compile only, or "
+            f"'.[cuda12]', with jax-cuda12-plugin of jax's version, {jax.__version__}; and JAX_PLATFORMS=cpu where "
+            "there is no GPU"
         ) from error
     return topology.devices
 
