@@ -270,7 +270,12 @@ class ImageZip(_Files):
                 raise ValueError(f"no header at byte {member.header_offset:,}")
             file.seek(name_length + extra_length, os.SEEK_CUR)
             with zipfile.ZipExtFile(file, "r", member) as content:
-                return content.read()
+                try:
+                    return content.read()
+                except OSError as error:
+                    if error.errno is None:  # what bz2 raises for damaged data; the system's have a number
+                        raise ValueError(str(error)) from error
+                    raise
 
     def _stamp(self, key: str) -> tuple[int, int]:
         return self._members[key].file_size, self._members[key].CRC

@@ -47,6 +47,8 @@ def power_ema_update(ema, params, step: jax.Array, *, sigma_rel: float):
 def coefficients(snapshots: Sequence[tuple[float, float]], target: tuple[float, float]) -> np.ndarray:
     """What to multiply stored averages with to come nearest to another (EDM2, algorithm 3).
 
+    Their sum is held at 1 (ours): with few snapshots it would be off by some thousandths, and the parameters with it.
+
     Args:
       snapshots: (step, sigma_rel) of each stored average.
       target: (step, sigma_rel) of the one that is wanted.
@@ -62,10 +64,13 @@ def coefficients(snapshots: Sequence[tuple[float, float]], target: tuple[float, 
         g_a, g_b = gamma_of(sigma_a), gamma_of(sigma_b)
         return (g_a + 1) * (g_b + 1) / (g_a + g_b + 1) * (t_a / t_b) ** g_b / t_b
 
-    # In units of the target's time, where all products are of about 1.
+    # In units of the target's time, where all products are of about 1; the last row and column are the condition's.
     units = [(t / target[0], sigma) for t, sigma in snapshots]
-    products = np.array([[inner_products(a, b) for b in units] for a in units])
-    return np.linalg.lstsq(products, np.array([inner_products(a, (1.0, target[1])) for a in units]), rcond=None)[0]
+    left, right = np.ones((len(units) + 1, len(units) + 1)), np.ones(len(units) + 1)
+    left[:-1, :-1] = [[inner_products(a, b) for b in units] for a in units]
+    left[-1, -1] = 0
+    right[:-1] = [inner_products(a, (1.0, target[1])) for a in units]
+    return np.linalg.lstsq(left, right, rcond=None)[0][:-1]
 
 
 class Snapshots:

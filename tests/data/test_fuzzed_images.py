@@ -199,6 +199,19 @@ def test_a_fuzzed_archive_opens_or_is_refused(tmp_path, kind):
     assert opened
 
 
+def test_damaged_bzip2_is_a_broken_image(tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_BZIP2) as file:
+        for name in ("a.png", "b.png"):
+            file.writestr(name, encoded(Image.new("RGB", (64, 64), "red")))
+    data = bytearray((tmp_path / "data.zip").read_bytes())
+    data[data.index(b"BZh") + 4] ^= 0xFF
+    (tmp_path / "data.zip").write_bytes(data)
+    source = ImageZip(tmp_path / "data.zip")
+    with pytest.raises(BrokenImage, match=r"a\.png.*Invalid data stream"):
+        source[0]
+    assert source[1].image.shape == (64, 64, 3)
+
+
 def test_a_negative_size_does_not_loop_for_ever(tmp_path):
     """CPython issue 130577: tarfile went back and forth between such members without end."""
     member = tarfile.TarInfo("a/1.png")

@@ -57,7 +57,7 @@ def test_coefficients_give_back_what_was_stored_and_profiles_that_were_not():
         usable = [k for k, (s, _) in enumerate(stored) if s <= target[0]]
         found = coefficients([stored[k] for k in usable], target) @ profiles[usable]
         assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted), target
-        assert found.sum() == pytest.approx(1, abs=1e-3)
+        assert found.sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path):
