@@ -26,6 +26,7 @@ from diffussm_jax.models.layers import (
     NUM_TIME_FEATURES,
     AdaLayerNorm,
     LabelEmbed,
+    Linear,
     TimeEmbed,
     gelu,
     sincos_2d,
@@ -53,14 +54,6 @@ SHARDING_RULES = (
     (r"blocks/norm/modulation/kernel$", (None, None, "fsdp")),
     (r"(final_norm/modulation|time_embed/out)/kernel$", (None, "fsdp")),
 )
-_XAVIER = nn.initializers.xavier_uniform()
-
-
-def _position_dense(shape: tuple[int, ...], equation: str, dtype: jnp.dtype, name: str) -> nn.Module:
-    """A Dense for each of M positions: kernel [M, inputs..., outputs], bias [M, outputs]."""
-    inputs = tuple(range(1, len(shape) - 1))
-    init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inputs, out_axis=-1, batch_axis=0)
-    return nn.Einsum(shape, equation, kernel_init=init, dtype=dtype, name=name)
 
 
 class Block(nn.Module):
@@ -75,24 +68,28 @@ class Block(nn.Module):
         B, J, D = x.shape
         M = self.hourglass_ratio
 
-        def dense(features, name, kernel_init=_XAVIER):
-            return nn.Dense(features, kernel_init=kernel_init, dtype=self.dtype, name=name)
+        def dense(inputs, outputs, name, **options):
+            return Linear("bjd,de->bje", (inputs, outputs), self.dtype, **options, name=name)
+
+        def position_dense(equation, shape, name):  # one for each of M positions: kernel [M, inputs..., outputs]
+            inputs = tuple(range(1, len(shape) - 1))
+            init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", inputs, -1, batch_axis=0)
+            return Linear(equation, shape, self.dtype, kernel_init=init, name=name)
 
         def keep(x):
             return checkpoint_name(x, "dense")
 
         I = whole_channels(AdaLayerNorm(self.dtype, name="norm")(x, c))
-        h = whole_channels(gelu(keep(split_channels(dense(D, "W0")(I)))))
-        W_up = _position_dense((M, D, D), "bjd,mde->bjme", self.dtype, "W_up")
+        h = whole_channels(gelu(keep(split_channels(dense(D, D, "W0")(I)))))
+        W_up = position_dense("bjd,mde->bjme", (M, D, D), "W_up")
         U = gelu(keep(split_channels(W_up(h)))).reshape(B, J * M, D)
         Y = S4D(**self.mixer, name="ssm")(U)  # [B, L, R, D]
-        W_down = _position_dense((M, Y.shape[2], D, 2 * D // M), "bjmrd,mrde->bjme", self.dtype, "W_down")
-        I_down = gelu(keep(whole_channels(W_down(Y.reshape(B, J, M, -1, D)))))
-        I_down = I_down.reshape(B, J, 2 * D)
-        gated = gelu(keep(split_channels(dense(2 * D, "W2")(I_down)))) * gelu(
-            keep(split_channels(dense(2 * D, "W1")(I)))
-        )
-        return whole_channels(x + dense(D, "W3", nn.initializers.zeros)(gated)), None
+        W_down = position_dense("bjmrd,mrde->bjme", (M, Y.shape[2], D, 2 * D // M), "W_down")
+        I_down = gelu(keep(whole_channels(W_down(Y.reshape(B, J, M, -1, D))))).reshape(B, J, 2 * D)
+        left = gelu(keep(split_channels(dense(2 * D, 2 * D, "W2")(I_down))))
+        right = gelu(keep(split_channels(dense(D, 2 * D, "W1")(I))))
+        W3 = dense(2 * D, D, "W3", kernel_init=nn.initializers.zeros)
+        return whole_channels(x + W3(left * right)), None
 
 
 class DiffuSSM(nn.Module):
@@ -167,7 +164,7 @@ class DiffuSSM(nn.Module):
         M = self.hourglass_ratio
         J = H * W // M
         x = x_t.reshape(B, J, M * C)
-        x = nn.Dense(self.width, kernel_init=_XAVIER, dtype=self.dtype, name="embed")(x)
+        x = Linear("bjc,cd->bjd", (M * C, self.width), self.dtype, name="embed")(x)
         if self.has_position_embedding:
             x = x + jnp.asarray(sincos_2d(H, W // M, self.width), self.dtype)
         c = TimeEmbed(self.width, self.dtype, name="time_embed")(t)
@@ -177,7 +174,8 @@ class DiffuSSM(nn.Module):
         x = self._blocks()(whole_channels(x), c)[0]
         x = AdaLayerNorm(self.dtype, name="final_norm")(x, c)
         # The last layer is small and its output meets float32 losses: it stays in float32.
-        x = nn.Dense(M * 2 * C, kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="final")(x)
+        options = {"kernel_init": nn.initializers.zeros, "name": "final"}
+        x = Linear("bjd,dc->bjc", (self.width, M * 2 * C), jnp.float32, **options)(x)
         return x.reshape(B, H, W, 2 * C)
 
     def _blocks(self) -> nn.Module:

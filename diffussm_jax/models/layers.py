@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffussm_jax.parallel.sharding import gathered_dot_general, whole_channels
+from diffussm_jax.parallel.sharding import whole_channels, whole_kernel
 
 NUM_TIME_FEATURES = 256
 
@@ -55,19 +55,77 @@ def sincos_2d(height: int, width: int, num_features: int) -> np.ndarray:
     return np.concatenate([features_1d(columns.ravel()), features_1d(rows.ravel())], 1).astype(np.float32)
 
 
+def _product(equation: str, is_gathered: bool, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, _cast(kernel, x.dtype, is_gathered)) + bias.astype(x.dtype)
+
+
+def _cast(kernel: jax.Array, dtype: jnp.dtype, is_gathered: bool) -> jax.Array:
+    """Cast before it is gathered, so that devices send the smaller dtype."""
+    return whole_kernel(kernel.astype(dtype)) if is_gathered else kernel.astype(dtype)
+
+
+_linear = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
+
+
+def _linear_forward(equation, is_gathered, x, kernel, bias):
+    return _product(equation, is_gathered, x, kernel, bias), (x, kernel, bias)
+
+
+def _linear_backward(equation, is_gathered, residuals, dy):
+    x, kernel, bias = residuals
+    operands, output = equation.split("->")
+    of_x, of_kernel = operands.split(",")
+    dx = jnp.einsum(f"{output},{of_kernel}->{of_x}", dy, _cast(kernel, x.dtype, is_gathered))
+    dkernel = jnp.einsum(f"{of_x},{output}->{of_kernel}", x, dy, preferred_element_type=jnp.float32)
+    dbias = jnp.sum(dy, tuple(range(dy.ndim - bias.ndim)), dtype=jnp.float32)
+    return dx, dkernel, dbias
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+class Linear(nn.Module):
+    """einsum(equation, x, kernel) + bias, in `dtype`; parameters float32, and their gradients summed in float32.
+
+    Left to themselves, gradients of a bfloat16 product are rounded to bfloat16 before devices add theirs up.
+
+    Attributes:
+      equation: of x and kernel; what bias adds to are the kernel's dimensions in the output, which come last.
+      shape: of the kernel.
+      dtype: of the product.
+      kernel_init: by default Xavier's, uniform.
+      is_gathered: whether every device gathers the kernel whole first. Left to itself, XLA may split a product with few
+        rows along axes of the mesh that are idle, and communicate activations.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    is_gathered: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        operands, output = self.equation.split("->")
+        sizes = dict(zip(operands.split(",")[1], self.shape, strict=True))
+        kernel = self.param("kernel", self.kernel_init, self.shape)
+        bias = self.param("bias", nn.initializers.zeros, tuple(sizes[k] for k in output if k in sizes))
+        return _linear(self.equation, self.is_gathered, x.astype(self.dtype), kernel, bias)
+
+
 class TimeEmbed(nn.Module):
-    """256 sinusoidal features of t through two Dense layers with SiLU between: [B] -> [B, width]."""
+    """256 sinusoidal features of t through two linear layers with SiLU between: [B] -> [B, width]."""
 
     width: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(0.02)
-        options = {"kernel_init": init, "dtype": self.dtype, "dot_general": gathered_dot_general}
-        x = sinusoidal_features(t, NUM_TIME_FEATURES)
-        x = nn.silu(whole_channels(nn.Dense(self.width, **options, name="hidden")(x)))
-        return whole_channels(nn.Dense(self.width, **options, name="out")(x))
+        D, features = self.width, sinusoidal_features(t, NUM_TIME_FEATURES)
+        options = {"dtype": self.dtype, "kernel_init": nn.initializers.normal(0.02), "is_gathered": True}
+        hidden = Linear("bf,fd->bd", (NUM_TIME_FEATURES, D), **options, name="hidden")
+        out = Linear("bd,de->be", (D, D), **options, name="out")
+        return whole_channels(out(nn.silu(whole_channels(hidden(features)))))
 
 
 class LabelEmbed(nn.Module):
@@ -99,7 +157,7 @@ class LabelEmbed(nn.Module):
 class AdaLayerNorm(nn.Module):
     """LayerNorm(x) (1 + scale(c)) + shift(c), the norm without parameters of its own, in float32.
 
-    scale and shift come from one Dense on SiLU(c) that starts at zero. x [B, J, D], c [B, D] -> [B, J, D].
+    scale and shift come from one linear layer on SiLU(c) that starts at zero. x [B, J, D], c [B, D] -> [B, J, D].
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -107,13 +165,8 @@ class AdaLayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         D = x.shape[-1]
-        modulation = nn.Dense(
-            2 * D,
-            kernel_init=nn.initializers.zeros,
-            dtype=self.dtype,
-            dot_general=gathered_dot_general,
-            name="modulation",
-        )
+        options = {"kernel_init": nn.initializers.zeros, "is_gathered": True, "name": "modulation"}
+        modulation = Linear("bd,de->be", (D, 2 * D), self.dtype, **options)
         shift, scale = jnp.split(whole_channels(modulation(nn.silu(c)))[:, None], 2, -1)
         x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)(x)
         return (x * (1 + scale) + shift).astype(self.dtype)

@@ -70,14 +70,9 @@ def split_channels(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if _has_mesh() else x
 
 
-def gathered_dot_general(x: jax.Array, kernel: jax.Array, *args, **kwargs) -> jax.Array:
-    """`lax.dot_general` for `nn.Dense(dot_general=)`, whose kernel [D_in, D_out] every device gathers whole first.
-
-    Left to itself, XLA may split such a product along axes of the mesh that are idle, and communicate activations.
-    """
-    if _has_mesh():
-        kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec(None, None))
-    return jax.lax.dot_general(x, kernel, *args, **kwargs)
+def whole_kernel(kernel: jax.Array) -> jax.Array:
+    """Lays a parameter so that every device has all of it; without a mesh around, as it is."""
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec()) if _has_mesh() else kernel
 
 
 def over_channels(apply: Callable, params, u: jax.Array) -> jax.Array:

@@ -1,0 +1,51 @@
+"""Linear layers: the product and its gradients in float64, and gradients summed in float32 even in bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffussm_jax.models.layers import Linear
+
+EQUATIONS = {
+    "bjd,de->bje": ((3, 50, 4), (4, 5), (5,)),
+    "bjd,mde->bjme": ((3, 50, 4), (2, 4, 5), (2, 5)),
+    "bjmrd,mrde->bjme": ((3, 50, 2, 2, 4), (2, 2, 4, 5), (2, 5)),
+    "bd,de->be": ((30, 4), (4, 5), (5,)),
+}
+
+
+def run(equation, dtype):
+    """The output, and the gradients of x, kernel and bias; with what they were computed from, as float64."""
+    x_shape, kernel_shape, bias_shape = EQUATIONS[equation]
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=x_shape), dtype)
+    params = {"kernel": jnp.float32(rng.normal(size=kernel_shape)), "bias": jnp.float32(rng.normal(size=bias_shape))}
+    model = Linear(equation, kernel_shape, dtype)
+    assert jax.tree.map(jnp.shape, model.init(jax.random.key(0), x)["params"]) == jax.tree.map(jnp.shape, params)
+    y, vjp = jax.vjp(lambda params, x: model.apply({"params": params}, x), params, x)
+    dy = jnp.asarray(rng.normal(size=y.shape), dtype)
+    gradients, dx = vjp(dy)
+    operands = [np.float64(a) for a in (x, params["kernel"].astype(dtype), params["bias"], dy)]
+    return y, dx, gradients, operands
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_products_and_gradients(equation, dtype, tolerance):
+    y, dx, gradients, (x, kernel, bias, dy) = run(equation, dtype)
+    of_x, of_kernel, output = equation.replace("->", ",").split(",")
+    assert y.dtype == dx.dtype == dtype
+    for found, wanted in (
+        (y, np.einsum(equation, x, kernel) + bias),
+        (dx, np.einsum(f"{output},{of_kernel}->{of_x}", dy, kernel)),
+    ):
+        assert np.linalg.norm(np.float64(found) - wanted) <= tolerance * np.linalg.norm(wanted)
+    # Of the operands as they are in bfloat16, so that what is left is how the sum was made: in float32 for both dtypes.
+    wanted = {
+        "kernel": np.einsum(f"{of_x},{output}->{of_kernel}", x, dy),
+        "bias": dy.sum(tuple(range(dy.ndim - bias.ndim))),
+    }
+    for name, gradient in gradients.items():
+        assert gradient.dtype == jnp.float32
+        assert np.linalg.norm(gradient - wanted[name]) <= 2e-6 * np.linalg.norm(wanted[name]), name
