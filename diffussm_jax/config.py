@@ -26,7 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "model.name": ("diffussm",),
         "model.discretization": ("zoh", "bilinear"),
         "model.initialization": ("legs", "lin", "inv"),
-        "model.ssm_method": ("recurrent", "associative", "fft", "chunked"),
+        "model.ssm_method": ("recurrent", "associative", "fft", "chunked", "pallas"),
         "model.remat": ("none", "dots", "block"),
         "model.dtype": ("float32", "bfloat16"),
         "data.source": ("digits", "images", "latents"),

@@ -4,8 +4,10 @@
     associative  a parallel prefix scan
     fft          a convolution by FFT
     chunked      matrix products in chunks, states between them
+    pallas       the same as a kernel for TPUs, on no other machine
 
-All give the same numbers to float32 accuracy, for any L. `diffussm_jax.bench ssm` times them side by side.
+All give the same numbers to float32 accuracy, for any L; `pallas` of a bfloat16 input to the accuracy of that.
+`diffussm_jax.bench ssm` times them side by side.
 """
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 
 from diffussm_jax.ssm import chunked as chunked_lib
 from diffussm_jax.ssm import fft as fft_lib
+from diffussm_jax.ssm import pallas_tpu as pallas_lib
 from diffussm_jax.ssm import recurrent as recurrent_lib
 from diffussm_jax.ssm.params import SSMParams
 
@@ -37,7 +40,9 @@ METHODS = {
     "associative": _one_by_one(recurrent_lib.associative),
     "fft": fft_lib.fft,
     "chunked": chunked_lib.chunked,
+    "pallas": pallas_lib.pallas_tpu,
 }
+_NATIVE = {"pallas": (jnp.float32, jnp.bfloat16)}  # dtypes of u that a method takes as they are
 
 
 def _apply(directions, reverse, u, method, discretization):
@@ -52,7 +57,8 @@ def _apply(directions, reverse, u, method, discretization):
         raise ValueError(f"u must be of a float dtype, got {u.dtype}")
     if u.shape[1] < 1:
         raise ValueError(f"u must have at least one position, got shape {u.shape}")
-    y = METHODS[method](directions, u.astype(jnp.float32), discretization=discretization, reverse=reverse)
+    operand = u if u.dtype in _NATIVE.get(method, ()) else u.astype(jnp.float32)
+    y = METHODS[method](directions, operand, discretization=discretization, reverse=reverse)
     return y.astype(u.dtype)
 
 
@@ -69,7 +75,7 @@ def ssm_apply(
     Args:
       params: `SSMParams` of D channels.
       u: [B, L, D] of any float dtype; computed in float32. Any L >= 1.
-      method: "recurrent", "associative", "fft" or "chunked".
+      method: "recurrent", "associative", "fft", "chunked", or on a TPU "pallas".
       discretization: "zoh" or "bilinear".
       reverse: whether time runs backwards, y[l] = sum_j K[j] u[l + j] + D u[l].
 
@@ -98,7 +104,7 @@ def ssm_apply_bidirectional(
       forward: `SSMParams` of D channels.
       backward: `SSMParams` of D channels.
       u: [B, L, D] of any float dtype; computed in float32. Any L >= 1.
-      method: "recurrent", "associative", "fft" or "chunked".
+      method: "recurrent", "associative", "fft", "chunked", or on a TPU "pallas".
       discretization: "zoh" or "bilinear".
 
     Returns:

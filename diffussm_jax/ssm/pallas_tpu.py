@@ -1,0 +1,257 @@
+"""The SSM by chunks as a Pallas kernel for TPUs: products on the matrix unit, states that never leave the chip.
+
+The sequence is cut into chunks of c = 128 positions, one row of a matrix U [rows, c] for each channel; the rows are
+the chunks of one batch entry after another. With s_k the state on entering chunk k, A = Lambda_bar**c, and the gain
+g = 2 C B_bar, a forward channel is (backward: the same with the positions of a chunk and the chunks in the opposite
+order)
+
+    w_k = sum_j Lambda_bar**(c-1-j) u_kj                     W = U V        V [c, N]  powers of Lambda_bar
+    s_k = A s_{k-1} + w_{k-1}                                doubling       s_k += A**d s_{k-d} for d = 1, 2, 4, ..
+    y_ki = sum_{j<=i} K[i-j] u_kj
+           + Re sum_n g_n s_kn Lambda_bar_n**(i+1)           U T + S' P^T   T [c, c]  Toeplitz of the taps K
+                                                             S' = g S       P [c, N]  conjugate powers, K = g P^T
+
+the split of `chunked` (SSD, arXiv 2405.21060, section 6), with B_bar taken out of what enters the state. T, V and P are
+made in the kernel, T from K by shifts, V and P as products of 8 with 16 powers, so that little else than u and y
+crosses the memory bus. The gradient is the same operator transposed,
+
+    dS' = dY P,   dW = the states of dS in the opposite order, with conj A,   dU = dY T^T + dW V^T
+
+and dT = U^T dY, dV = U^T dW and dP = dY^T S' are reduced on chip to the gradients of g, of K[0] and of log Lambda_bar:
+the powers Lambda_bar**m give the latter sum_m m conj(Lambda_bar**m) d(Lambda_bar**m).
+
+Two channels share the lanes of a register: the real parts of one, of the other, then the imaginary parts. Products
+take operands in the dtype of u; sums, states and carries are float32. For bfloat16, the operands that decide over the
+states and the gradients of parameters are sums of two such numbers, so that T and what reads the states are all that
+is rounded.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from diffussm_jax.ssm.discretize import bilinear, transition_powers
+from diffussm_jax.ssm.pallas_tpu_kernels import (
+    CHANNELS,
+    CHUNK,
+    FLOAT,
+    SUBLANES,
+    Geometry,
+    backward_kernel,
+    forward_kernel,
+    lane_masks,
+)
+from diffussm_jax.ssm.params import SSMParams
+
+MAX_ROWS = {"float32": 128, "bfloat16": 256}  # of a block, at most 256: there are 8 doublings of A
+
+_ROW_TILE = 16  # the rows of a tile of bfloat16
+
+
+class _Tables(NamedTuple):
+    """What the kernels need of the parameters of R directions: D channels in pairs, W lanes a pair; float32."""
+
+    first_tap: jax.Array  # [R, D, c]: K[0] and the skip in each lane
+    gain: jax.Array  # [R, D/2, W]: g
+    log_transition: jax.Array  # [R, D/2, W]: of the gradient of log Lambda_bar; its value is not used
+
+
+def _pair(x: jax.Array, fill: float = 0) -> jax.Array:
+    """[R, D, N/2] to [R, D/2, W/2], the states of two channels side by side, filled up to whole registers."""
+    R, D, half = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -D % CHANNELS), (0, -half % 32)), constant_values=fill)
+    return x.reshape(R, x.shape[1] // 2, -1)
+
+
+def _pack(z: jax.Array) -> jax.Array:
+    """Complex [.., W/2] to real [.., W]."""
+    return jnp.concatenate([z.real, z.imag], -1)
+
+
+def _powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> jax.Array:
+    """Lambda_bar**l, each number with a step of its own: [R, D/2, .., n] of Lambda, dt [R, D/2, n], l [R, ..]."""
+
+    def power(Lambda, dt, exponent):
+        return transition_powers(Lambda[..., None], dt, exponent[None], discretization)[..., 0, 0]
+
+    for axis in range(1, exponents.ndim):
+        power = jax.vmap(power, (None, None, 0), axis)
+    return jax.vmap(power)(Lambda, dt, exponents)
+
+
+def _exponents(is_reverse: bool) -> jax.Array:
+    """[40]: of the first 8 rows of V and of P, of the first row of each 8 rows of V, and of A**(1, 2, 4, .., 128)."""
+    low, high = jnp.arange(SUBLANES), jnp.arange(0, CHUNK, SUBLANES)
+    steps = CHUNK * 2 ** jnp.arange(8)
+    if is_reverse:
+        return jnp.concatenate([low, low[::-1] + 1, high, steps])
+    return jnp.concatenate([low[::-1], low + 1, high[::-1], steps])
+
+
+def _input_matrix(Lambda: jax.Array, B: jax.Array, dt: jax.Array, discretization: str) -> jax.Array:
+    """B_bar of arrays of one shape; as `zoh` and `bilinear`, but without a gather, which TPUs are slow at."""
+    if discretization == "bilinear":
+        return bilinear(Lambda[..., None], B[..., None], dt)[1][..., 0]
+    turn = _powers(jax.lax.complex(jnp.zeros_like(dt), Lambda.imag), dt, jnp.ones(len(dt), jnp.int32), discretization)
+    cos, sin, log_decay = turn.real, turn.imag, Lambda.real * dt
+    versine = jnp.where(cos > 0, sin * sin / (1 + jnp.abs(cos)), 1 - cos)  # 1 - cos, also where it is small
+    return jax.lax.complex(jnp.expm1(log_decay) * cos - versine, jnp.exp(log_decay) * sin) / Lambda * B
+
+
+def _tables(
+    directions: Sequence[SSMParams], discretization: str, reverse: tuple[bool, ...]
+) -> tuple[_Tables, jax.Array]:
+    """The tables through which gradients go, and powers of Lambda_bar [R, D/2, 40, W] through which none go."""
+    p = jax.tree.map(lambda *x: jnp.stack(x), *directions)
+    dt = _pair(jnp.broadcast_to(p.dt[..., None], p.Lambda.shape))
+    Lambda = _pair(p.Lambda, -1)
+    z = Lambda * dt.astype(Lambda.dtype)
+    gain = 2 * _pair(p.C) * _input_matrix(Lambda, _pair(p.B), dt, discretization)
+    skip = jnp.pad(p.D, ((0, 0), (0, -p.D.shape[1] % CHANNELS)))
+    first_tap = jnp.sum(gain.real.reshape(*skip.shape, -1), -1) + skip
+    tables = _Tables(
+        first_tap=jnp.broadcast_to(first_tap[..., None], (*skip.shape, CHUNK)),
+        gain=_pack(gain),
+        log_transition=_pack(
+            z if discretization == "zoh" else z * jax.lax.stop_gradient(1 / ((1 - z / 2) * (1 + z / 2)))
+        ),
+    )
+    # Real and imaginary parts, each computed in its lanes: joining them later would be a pass through memory.
+    exponents = jnp.stack([_exponents(is_reverse) for is_reverse in reverse])
+    powers = _powers(*(jnp.concatenate([x, x], -1) for x in (Lambda, dt)), exponents, discretization)
+    is_real, _ = lane_masks(powers.shape[-2:])
+    is_P = jax.lax.broadcasted_iota(jnp.int32, is_real.shape, 0) // SUBLANES == 1
+    return tables, jnp.where(is_real, powers.real, jnp.where(is_P, -powers.imag, powers.imag))
+
+
+def _call(kernel, g: Geometry, inputs: dict, outputs: dict, *, is_adjoint: bool, interpret: bool):
+    """Calls a kernel over (blocks of channels, directions, blocks of rows).
+
+    Args:
+      kernel: takes the geometry, references to the inputs and the outputs, and a carry.
+      g: the geometry.
+      inputs: arrays by name, as `outputs`.
+      outputs: shapes by name: "u" [D, rows, c], "y", "dy" and "du" [R * D, rows, c], "carries"
+        [R, num_blocks, D/2, W], all others [R, D or D/2, ..] with one block for all the rows.
+      is_adjoint: whether the rows come in the order opposite to the direction's.
+      interpret: as for `pallas_call`.
+    """
+    lanes = inputs["powers"].shape[-1]
+    num_channel_blocks = inputs["u"].shape[0] // CHANNELS
+
+    def spec(name, x):
+        if name == "carries":
+            shape = (1, 1, CHANNELS // 2, lanes)
+            return pl.BlockSpec(shape, lambda d, r, i: (r, g.block(r, i, is_adjoint=is_adjoint), d, 0))
+        if name in ("u", "y", "dy", "du"):
+            stride = 0 if name == "u" else num_channel_blocks
+            return pl.BlockSpec(
+                (CHANNELS, g.rows, CHUNK), lambda d, r, i: (r * stride + d, g.block(r, i, is_adjoint=is_adjoint), 0)
+            )
+        channels = CHANNELS if name == "first_tap" else CHANNELS // 2
+        return pl.BlockSpec((1, channels, *x.shape[2:]), lambda d, r, i: (r, d) + (0,) * (x.ndim - 2))
+
+    return pl.pallas_call(
+        functools.partial(kernel, g),
+        grid=(num_channel_blocks, len(g.reverse), g.num_blocks),
+        in_specs=[spec(name, x) for name, x in inputs.items()],
+        out_specs=[spec(name, x) for name, x in outputs.items()],
+        out_shape=list(outputs.values()),
+        scratch_shapes=[pltpu.VMEM((CHANNELS // 2, lanes), FLOAT)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        interpret=interpret,
+    )(*inputs.values())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _apply(directions, u, g: Geometry, discretization: str, interpret: bool):
+    """u [D, rows, c] to y [R * D, rows, c]."""
+    return _apply_forward(directions, u, g, discretization, interpret)[0]
+
+
+def _apply_forward(directions, u, g, discretization, interpret):
+    tables, powers = _tables(directions, discretization, g.reverse)
+    carries = jax.ShapeDtypeStruct((len(g.reverse), g.num_blocks, u.shape[0] // 2, powers.shape[-1]), FLOAT)
+    y, carries = _call(
+        forward_kernel,
+        g,
+        {"u": u, "first_tap": tables.first_tap, "gain": tables.gain, "powers": powers},
+        {"y": jax.ShapeDtypeStruct((len(g.reverse) * u.shape[0], *u.shape[1:]), u.dtype), "carries": carries},
+        is_adjoint=False,
+        interpret=interpret,
+    )
+    return y, (directions, u, carries)
+
+
+def _apply_backward(g, discretization, interpret, residuals, dy):
+    directions, u, carries = residuals
+    tables, pull_back, powers = jax.vjp(lambda p: _tables(p, discretization, g.reverse), directions, has_aux=True)
+    du, *d_tables = _call(
+        backward_kernel,
+        g,
+        {"u": u, "dy": dy, "carries": carries, "first_tap": tables.first_tap, "gain": tables.gain, "powers": powers},
+        {"du": jax.ShapeDtypeStruct(dy.shape, u.dtype)}
+        | {name: jax.ShapeDtypeStruct(x.shape, FLOAT) for name, x in tables._asdict().items()},
+        is_adjoint=True,
+        interpret=interpret,
+    )
+    (d_directions,) = pull_back(_Tables(*d_tables))
+    return d_directions, jnp.sum(du.reshape(-1, *u.shape), 0, dtype=FLOAT).astype(u.dtype)
+
+
+_apply.defvjp(_apply_forward, _apply_backward)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def pallas_tpu(
+    directions: Sequence[SSMParams],
+    u: jax.Array,
+    *,
+    discretization: str,
+    reverse: tuple[bool, ...],
+    interpret: bool = False,
+    max_rows: int | None = None,
+) -> jax.Array:
+    """R SSMs over the same u, each forward or backward, with gradients of u and of the parameters.
+
+    After SSD (arXiv 2405.21060, section 6). Memory and work are linear in L.
+
+    Args:
+      directions: R `SSMParams` of D channels.
+      u: [B, L, D] float32 or bfloat16. Matrix products take operands of this dtype, float32 ones at full precision.
+      discretization: "zoh" or "bilinear".
+      reverse: of each direction, whether time runs backwards.
+      interpret: whether to run the kernel as plain JAX, on any machine; slow.
+      max_rows: the most chunks of 128 positions, of all the sequences, that are on the chip at a time; a multiple of
+        16, at most 256. By default `MAX_ROWS` of the dtype.
+
+    Returns:
+      y [B, L, R * D] in the dtype of `u`.
+
+    Raises:
+      ValueError: `u` is of another dtype, `max_rows` of another size, or the discretisation unknown.
+    """
+    if u.dtype.name not in MAX_ROWS:
+        raise ValueError(f"u must be {' or '.join(MAX_ROWS)} for the TPU kernel, got {u.dtype}")
+    max_rows = MAX_ROWS[u.dtype.name] if max_rows is None else max_rows
+    if max_rows % _ROW_TILE or not _ROW_TILE <= max_rows <= 256:
+        raise ValueError(f"max_rows must be a multiple of {_ROW_TILE} from {_ROW_TILE} to 256, got {max_rows}")
+    B, L, D = u.shape
+    K = -(-L // CHUNK)
+    num_blocks = -(-B * K // max_rows)
+    g = Geometry(tuple(reverse), K, _round_up(-(-B * K // num_blocks), _ROW_TILE), num_blocks)
+    u = jnp.pad(u, ((0, 0), (0, K * CHUNK - L), (0, -D % CHANNELS)))
+    u = u.transpose(2, 0, 1).reshape(-1, B * K, CHUNK)
+    u = jnp.pad(u, ((0, 0), (0, g.rows * g.num_blocks - B * K), (0, 0)))
+    y = _apply(tuple(directions), u, g, discretization, interpret)[:, : B * K]
+    # One transposition of two axes, which XLA does in one pass.
+    y = y.transpose(1, 2, 0).reshape(B, K * CHUNK, len(reverse), -1)[:, :L, :, :D]
+    return y.reshape(B, L, len(reverse) * D)

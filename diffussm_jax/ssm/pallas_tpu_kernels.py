@@ -1,0 +1,300 @@
+"""The kernels of `pallas_tpu`, whose docstring has the equations: one block of rows and 16 channels, in one direction.
+
+Two channels share the lanes of a register: the real parts of one, of the other, then the imaginary parts: W lanes.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+CHUNK = 128
+CHANNELS = 16  # of a block, so that its 8 pairs of channels fill the sublanes of a register
+SUBLANES = 8
+FLOAT = jnp.float32
+
+
+class Geometry(NamedTuple):
+    """The static shape of a call, and the order in which it goes through the rows."""
+
+    reverse: tuple[bool, ...]
+    num_chunks: int  # K, of each sequence
+    rows: int  # of a block
+    num_blocks: int  # of rows
+
+    def block(self, direction, i, *, is_adjoint: bool):
+        """The block of rows that comes i-th in the order of a direction, or in the opposite one."""
+        is_backward = self.is_reverse(direction) != is_adjoint
+        return jnp.where(is_backward, self.num_blocks - 1 - i, i)
+
+    def is_reverse(self, direction):
+        """Whether a direction, a traced number, is backward."""
+        is_one = [direction == r for r, is_backward in enumerate(self.reverse) if is_backward]
+        return functools.reduce(jnp.logical_or, is_one, direction < 0)
+
+
+def _swap(z: jax.Array) -> jax.Array:
+    """Real and imaginary parts exchanged."""
+    return pltpu.roll(z, z.shape[-1] // 2, 1)
+
+
+def lane_masks(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Masks of the lanes with real parts, and of those of the first channel of the pair."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    half = shape[1] // 2
+    is_real = lane < half
+    return is_real, jnp.where(is_real, lane, lane - half) < half // 2
+
+
+def _factors(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two factors with a z = z * same + swap(z) * cross, and conj(a) z = z * same - swap(z) * cross."""
+    is_real, _ = lane_masks(a.shape)
+    return jnp.where(is_real, a, _swap(a)), jnp.where(is_real, -_swap(a), a)
+
+
+def _conjugate_product(x: jax.Array, dx: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """The sum over rows of weight conj(x) dx: [1, W]."""
+    weighted = x if weight is None else x * weight
+    same, cross = (jnp.sum(weighted * y, 0, keepdims=True) for y in (dx, _swap(dx)))
+    is_real, _ = lane_masks(same.shape)
+    return jnp.where(is_real, same + _swap(same), _swap(cross) - cross)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """The product of two matrices over an axis of each, float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == FLOAT else None
+    dimensions = ((contract[:1], contract[1:]), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=FLOAT)
+
+
+def _by_channel(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The lanes of the pair's first channel from one array, the others from another."""
+    return jnp.where(lane_masks(first.shape)[1], first, second)
+
+
+def _products(of_channels: Sequence[jax.Array], b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Products of u or y of two channels with b, each channel's in its lanes.
+
+    For bfloat16, b is the sum of two such numbers: u and y are what they are, and the product keeps float32's digits.
+    The gradients of parameters are small differences of such products.
+    """
+    dtype = of_channels[0].dtype
+    parts = [b.astype(dtype)]
+    if dtype != FLOAT:
+        parts.append((b - parts[0].astype(FLOAT)).astype(dtype))
+    return _by_channel(*(sum(_dot(x, part, contract) for part in parts) for x in of_channels))
+
+
+def _toeplitz_mask(is_reverse: jax.Array) -> jax.Array:
+    """Where T[j, i] is not zero: output i does not come before input j."""
+    to, since = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (1, 0))
+    lag = to - since
+    return jnp.where(is_reverse, -lag, lag) >= 0
+
+
+def _shear(block: jax.Array, sign: int) -> jax.Array:
+    """Row j of [8, c] shifted by j lanes to the right, or to the left."""
+    row = jax.lax.broadcasted_iota(jnp.int32, block.shape, 0)
+    for shift in (1, 2, 4):
+        block = jnp.where((row & shift) != 0, pltpu.roll(block, sign * shift % CHUNK, 1), block)
+    return block
+
+
+def _channel_rows(pair: jax.Array) -> jax.Array:
+    """[1, W] to [2, W]: a row for each channel, zero in the lanes of the other."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (2, pair.shape[1]), 0)
+    _, is_first = lane_masks(row.shape)
+    return jnp.where(row == jnp.where(is_first, 0, 1), pair, 0.0)
+
+
+def _ring(first_tap: jax.Array, gain: jax.Array, P: jax.Array, is_reverse: jax.Array) -> jax.Array:
+    """The taps of two channels [2, c], so that T[j, i] = ring[i - j mod c] where it is not zero.
+
+    Forward, the product of g and P is K[1], .., K[c], and the ring K[0], .., K[c-1]; backward it is K[c], .., K[1],
+    and the ring K[0], K[c-1], .., K[1].
+    """
+    taps = _dot(_channel_rows(gain), P, (1, 1))
+    lane = jax.lax.broadcasted_iota(jnp.int32, taps.shape, 1)
+    return jnp.where(lane == 0, first_tap, jnp.where(is_reverse, taps, pltpu.roll(taps, 1, 1)))
+
+
+def _ring_transposed(d_ring, gain, P, is_reverse) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of the first taps [2, c], of g [1, W] and of P [c, W] from that of the ring."""
+    is_tap_0 = jax.lax.broadcasted_iota(jnp.int32, d_ring.shape, 1) == 0
+    d_taps = jnp.where(is_tap_0, 0.0, d_ring)
+    d_taps = jnp.where(is_reverse, d_taps, pltpu.roll(d_taps, CHUNK - 1, 1))
+    d_gain = _dot(d_taps, P, (1, 0))
+    d_P = _dot(d_taps, _channel_rows(gain), (0, 0))
+    return jnp.where(is_tap_0, d_ring, 0.0), _by_channel(d_gain[:1], d_gain[1:]), d_P
+
+
+def _toeplitz(ring: jax.Array, mask: jax.Array) -> jax.Array:
+    """T[j, i] = ring[i - j mod c] where the mask holds: [c, c] from [1, c]."""
+    block = _shear(jnp.broadcast_to(ring, (SUBLANES, CHUNK)), 1)
+    rows = [block] + [pltpu.roll(block, j, 1) for j in range(SUBLANES, CHUNK, SUBLANES)]
+    return jnp.where(mask, jnp.concatenate(rows, 0), 0.0)
+
+
+def _toeplitz_transposed(d_toeplitz: jax.Array, mask: jax.Array) -> jax.Array:
+    """The gradient of the ring [1, c]: sums along the diagonals of [c, c]."""
+    d_toeplitz = jnp.where(mask, d_toeplitz, 0.0)
+    block = d_toeplitz[:SUBLANES]
+    for j in range(SUBLANES, CHUNK, SUBLANES):
+        block = block + pltpu.roll(d_toeplitz[j : j + SUBLANES], CHUNK - j, 1)
+    return jnp.sum(_shear(block, -1), 0, keepdims=True)
+
+
+class _Order(NamedTuple):
+    """Where the rows of a block stand in the order of a direction."""
+
+    is_reverse: jax.Array
+    in_sequence: jax.Array  # [rows, W]: how many chunks of the sequence come before
+    in_block: jax.Array  # [rows, W]: how many rows of the block come before
+
+
+def _order(g: Geometry, block: jax.Array, is_reverse: jax.Array, lanes: int) -> tuple[_Order, _Order]:
+    """The order of a direction, and its opposite."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (g.rows, lanes), 0)
+    chunk = jax.lax.rem(block * g.rows + row, g.num_chunks)
+    after_chunk, after_row = g.num_chunks - 1 - chunk, g.rows - 1 - row
+    up = jnp.where(is_reverse, after_chunk, chunk), jnp.where(is_reverse, after_row, row)
+    down = jnp.where(is_reverse, chunk, after_chunk), jnp.where(is_reverse, row, after_row)
+    return _Order(is_reverse, *up), _Order(~is_reverse, *down)
+
+
+def _scan(written, carry, steps, order: _Order, g: Geometry):
+    """The states on entering the chunks of a block, [rows, W], and [1, W] on leaving the block's last.
+
+    Args:
+      written: [rows, W], what each chunk adds to the state.
+      carry: [1, W], the state on entering the block's first chunk.
+      steps: the `_factors` of A**(1, 2, 4, ..).
+      order: which chunk follows which.
+      g: the geometry.
+    """
+    same, cross = steps
+
+    def previous(x, distance):
+        return pltpu.roll(x, jnp.where(order.is_reverse, g.rows - distance, distance), 0)
+
+    states = jnp.where(order.in_block == 0, carry, previous(written, 1))
+    states = jnp.where(order.in_sequence == 0, 0.0, states)
+    reach = jnp.minimum(order.in_sequence, order.in_block)
+    for i in range((min(g.num_chunks, g.rows) - 1).bit_length()):
+        x = previous(states, 1 << i)
+        states = states + jnp.where(reach >= 1 << i, x * same[i : i + 1] + _swap(x) * cross[i : i + 1], 0.0)
+    last, written = (jnp.where(order.is_reverse, x[:1], x[g.rows - 1 :]) for x in (states, written))
+    return states, last * same[:1] + _swap(last) * cross[:1] + written
+
+
+def _power_tables(powers: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """V and P [c, W], and the `_factors` of A**(1, 2, 4, ..), from a pair's powers [40, W]."""
+    num_high = CHUNK // SUBLANES
+    same, cross = _factors(powers[2 * SUBLANES :])
+
+    def table(low, cross, order):
+        swapped = _swap(low)
+        return jnp.concatenate([low * same[m : m + 1] + swapped * cross[m : m + 1] for m in order], 0)
+
+    V = table(powers[:SUBLANES], cross, range(num_high))
+    # V and P run through the powers oppositely, and P is conjugate.
+    P = table(powers[SUBLANES : 2 * SUBLANES], -cross, range(num_high)[::-1])
+    return V, P, (same[num_high:], cross[num_high:])
+
+
+def forward_kernel(g: Geometry, u_ref, first_tap_ref, gain_ref, powers_ref, y_ref, carries_ref, carry_ref):
+    """y of a block, and the states on entering it, which the backward kernel starts from."""
+    direction, i = pl.program_id(1), pl.program_id(2)
+    is_reverse, lanes, dtype = g.is_reverse(direction), powers_ref.shape[-1], u_ref.dtype
+    order, _ = _order(g, g.block(direction, i, is_adjoint=False), is_reverse, lanes)
+    mask = _toeplitz_mask(is_reverse)
+
+    @pl.when(i == 0)
+    def _():
+        carry_ref[...] = jnp.zeros_like(carry_ref)
+
+    carries_ref[0, 0] = carry_ref[...]
+
+    def pair(p, _):
+        V, P, steps = _power_tables(powers_ref[0, p])
+        P_operand = P.astype(dtype)
+        u = u_ref[2 * p], u_ref[2 * p + 1]
+        here = pl.ds(p, 1)
+        states, carry_ref[here] = _scan(_products(u, V, (1, 0)), carry_ref[here], steps, order, g)
+        gain = gain_ref[0, here]
+        same, cross = _factors(gain)
+        read = states * same + _swap(states) * cross
+        ring = _ring(first_tap_ref[0, pl.ds(2 * p, 2)], gain, P, is_reverse)
+        zeros = jnp.zeros_like(read)
+        for c, own in enumerate((_by_channel(read, zeros), _by_channel(zeros, read))):
+            T, own = _toeplitz(ring[c : c + 1], mask).astype(dtype), own.astype(dtype)
+            y_ref[2 * p + c] = (_dot(u[c], T, (1, 0)) + _dot(own, P_operand, (1, 1))).astype(dtype)
+        return 0
+
+    jax.lax.fori_loop(0, CHANNELS // 2, pair, 0)
+
+
+def backward_kernel(
+    g: Geometry,
+    u_ref,
+    dy_ref,
+    carries_ref,
+    first_tap_ref,
+    gain_ref,
+    powers_ref,
+    du_ref,
+    d_first_tap_ref,
+    d_gain_ref,
+    d_log_ref,
+    carry_ref,
+):
+    """The direction's part of du, and sums over all blocks for the gradients of the tables."""
+    direction, i = pl.program_id(1), pl.program_id(2)
+    is_reverse, lanes, dtype = g.is_reverse(direction), powers_ref.shape[-1], u_ref.dtype
+    order, opposite = _order(g, g.block(direction, i, is_adjoint=True), is_reverse, lanes)
+    mask = _toeplitz_mask(is_reverse)
+    row = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, lanes), 0)
+    V_exponents = jnp.where(is_reverse, row, CHUNK - 1 - row).astype(FLOAT)
+    P_exponents = CHUNK - V_exponents
+
+    @pl.when(i == 0)
+    def _():
+        for ref in (carry_ref, d_first_tap_ref, d_gain_ref, d_log_ref):
+            ref[...] = jnp.zeros_like(ref)
+
+    def pair(p, _):
+        here = pl.ds(p, 1)
+        V, P, (same, cross) = _power_tables(powers_ref[0, p])
+        V_operand = V.astype(dtype)
+        u, dy = (u_ref[2 * p], u_ref[2 * p + 1]), (dy_ref[2 * p], dy_ref[2 * p + 1])
+
+        states, _ = _scan(_products(u, V, (1, 0)), carries_ref[0, 0, here], (same, cross), order, g)
+        gain = gain_ref[0, here]
+        gain_same, gain_cross = _factors(gain)
+        read = states * gain_same + _swap(states) * gain_cross
+        d_read = _products(dy, P, (1, 0))
+        d_states = d_read * gain_same - _swap(d_read) * gain_cross
+        d_written, carry_ref[here] = _scan(d_states, carry_ref[here], (same, -cross), opposite, g)
+
+        ring = _ring(first_tap_ref[0, pl.ds(2 * p, 2)], gain, P, is_reverse)
+        d_rings, zeros = [], jnp.zeros_like(d_written)
+        for c, own in enumerate((_by_channel(d_written, zeros), _by_channel(zeros, d_written))):
+            T, own = _toeplitz(ring[c : c + 1], mask).astype(dtype), own.astype(dtype)
+            du_ref[2 * p + c] = (_dot(dy[c], T, (1, 1)) + _dot(own, V_operand, (1, 1))).astype(dtype)
+            d_rings.append(_toeplitz_transposed(_dot(u[c], dy[c], (0, 0)), mask))
+        d_first_tap, d_gain, d_P = _ring_transposed(jnp.concatenate(d_rings, 0), gain, P, is_reverse)
+        d_first_tap_ref[0, pl.ds(2 * p, 2)] += d_first_tap
+        d_gain_ref[0, here] += d_gain + _conjugate_product(states, d_read)
+
+        d_decay = _conjugate_product(states, d_written)
+        d_log = CHUNK * (d_decay * same[:1] - _swap(d_decay) * cross[:1])
+        d_log += _conjugate_product(V, _products(u, d_written, (0, 0)), V_exponents)
+        from_P = _conjugate_product(P, _products(dy, read, (0, 0)) + d_P, P_exponents)
+        d_log_ref[0, here] += d_log + jnp.where(lane_masks(from_P.shape)[0], from_P, -from_P)
+        return 0
+
+    jax.lax.fori_loop(0, CHANNELS // 2, pair, 0)
