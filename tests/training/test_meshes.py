@@ -8,7 +8,11 @@ import pytest
 from runs import DIGITS, QUIET, ROOT, losses, run, start, wait
 
 CIFAR = ROOT.parent / "shared/data/cifar10_jpg.zip"
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "2x2x2": (2, 2, 2)}
+MESHES = [
+    pytest.param((8, 1, 1), id="data", marks=pytest.mark.slow),
+    pytest.param((1, 8, 1), id="fsdp", marks=pytest.mark.slow),
+    pytest.param((2, 2, 2), id="2x2x2"),
+]
 
 
 def mesh_flags(data, fsdp, tensor):
@@ -32,7 +36,7 @@ def assert_same_losses(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_digits_train_alike_on_any_mesh(mesh, on_one_device, tmp_path):
     assert_same_losses(run(tmp_path, *digits_flags(), *mesh_flags(*mesh), num_devices=8), on_one_device)
 
@@ -53,6 +57,7 @@ def test_two_processes_train_alike_and_stop_together(on_one_device, tmp_path):
     assert f"checkpoint of step {stopped_at}" in (tmp_path / "output_0").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CIFAR.exists(), reason="needs CIFAR-10 beside the project: ../shared/data/cifar10_jpg.zip")
 def test_cifar10_trains_alike_on_a_mesh(tmp_path):
     flags = (
@@ -64,6 +69,7 @@ def test_cifar10_trains_alike_on_a_mesh(tmp_path):
     assert_same_losses(run(tmp_path / "mesh", *flags, *mesh_flags(2, 2, 2), num_devices=8), expected)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_fewer_devices(on_one_device, tmp_path):
     run(tmp_path, *digits_flags(20), *mesh_flags(2, 4, 1), num_devices=8)
     run(tmp_path, *digits_flags(35), *mesh_flags(1, 2, 2), num_devices=4)
