@@ -37,6 +37,6 @@ def get_config():
 
     config.sampling.sampler = "ddim"
     config.sampling.num_steps = 50
-    config.sampling.guidance_scale = 1.2
+    config.sampling.guidance_scale = 1.28
     config.sampling.num_grid_rows = 6
     return config
