@@ -17,6 +17,19 @@ import numpy as np
 REAL_PARAMETERS = ("log_neg_re", "im", "B", "C", "log_dt", "D")
 
 
+def normal(seed, *shape):
+    """Normal numbers, float32."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def exactly(real, params):
+    """Float64 parameters with the Lambda and dt of `params`: exp(log_dt) is rounded, which LegS turns into 2e-5."""
+    exact = {name: np.asarray(value, np.float64) for name, value in real.items()}
+    exact["log_dt"] = np.log(np.asarray(params.dt, np.float64))
+    exact["log_neg_re"] = np.log(-np.asarray(params.Lambda.real, np.float64))
+    return exact
+
+
 def complex_parameters(real):
     """Lambda, B, C [D, N/2] complex128 and dt, D [D] float64 of the real parameters."""
     real = {name: np.asarray(value, np.float64) for name, value in real.items()}

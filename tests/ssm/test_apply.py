@@ -60,18 +60,6 @@ def _real_parameters(initialization="legs", seed=0, width=D):
     return init_s4d(jax.random.key(seed), width, N, initialization=initialization)
 
 
-def _normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def _exactly(real, params):
-    """Float64 parameters with the Lambda and dt of `params`: exp(log_dt) is rounded, which LegS turns into 2e-5."""
-    exact = {name: np.asarray(value, np.float64) for name, value in real.items()}
-    exact["log_dt"] = np.log(np.asarray(params.dt, np.float64))
-    exact["log_neg_re"] = np.log(-np.asarray(params.Lambda.real, np.float64))
-    return exact
-
-
 class _Problem(NamedTuple):
     reals: list  # of each direction
     params: list
@@ -87,12 +75,12 @@ def _problem(direction, length, initialization, discretization="zoh"):
     backwards = {"forward": [False], "backward": [True], "both": [False, True]}[direction]
     reals = [_real_parameters(initialization, seed) for seed in range(len(backwards))]
     params = [to_complex(real) for real in reals]
-    u, dy = _normal(1, B, length, D), _normal(2, B, length, D * len(backwards))
+    u, dy = oracles.normal(1, B, length, D), oracles.normal(2, B, length, D * len(backwards))
     outputs, gradients = [], []
     for real, p, reverse, dy_part in zip(reals, params, backwards, np.split(dy, len(backwards), -1), strict=True):
         options = {"discretization": discretization, "reverse": reverse}
-        outputs.append(oracles.recurrence(_exactly(real, p), u, **options))
-        gradients.append(oracles.recurrence_gradients(_exactly(real, p), u, dy_part, **options))
+        outputs.append(oracles.recurrence(oracles.exactly(real, p), u, **options))
+        gradients.append(oracles.recurrence_gradients(oracles.exactly(real, p), u, dy_part, **options))
     d_reals, dus = zip(*gradients, strict=True)
     return _Problem(reals, params, u, dy, np.concatenate(outputs, -1), list(d_reals), sum(dus))
 
@@ -178,7 +166,7 @@ def test_half_precision_is_rounded_once_on_the_way_out(method, direction, dtype)
     y = jitted_apply(p.params, u, method, direction)
     assert y.dtype == dtype
     parts = [
-        oracles.recurrence(_exactly(real, params), np.asarray(u, np.float64), reverse=reverse)
+        oracles.recurrence(oracles.exactly(real, params), np.asarray(u, np.float64), reverse=reverse)
         for real, params, reverse in zip(p.reals, p.params, [False, True], strict=False)
     ]
     expected = np.concatenate(parts, -1).astype(dtype)
@@ -188,7 +176,7 @@ def test_half_precision_is_rounded_once_on_the_way_out(method, direction, dtype)
 
 @pytest.mark.parametrize("discretization", DISCRETIZATIONS)
 def test_streaming_is_the_whole_sequence(discretization):
-    params, u = to_complex(_real_parameters("inv")), _normal(5, B, 40, D)
+    params, u = to_complex(_real_parameters("inv")), oracles.normal(5, B, 40, D)
     one_step = jax.jit(step, static_argnames="discretization")
     state = initial_state(params, B)
     assert state.shape == (B, D, N // 2) and state.dtype == np.complex64

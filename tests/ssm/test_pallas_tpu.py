@@ -40,18 +40,6 @@ CASES = [
 ]
 
 
-def _normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def _exactly(real, params):
-    """Float64 parameters with the Lambda and dt of `params`: exp(log_dt) is rounded, which LegS turns into 2e-5."""
-    exact = {name: np.asarray(value, np.float64) for name, value in real.items()}
-    exact["log_dt"] = np.log(np.asarray(params.dt, np.float64))
-    exact["log_neg_re"] = np.log(-np.asarray(params.Lambda.real, np.float64))
-    return exact
-
-
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
 def _value_and_gradients(function, params, reals, u, dy):
     """y, the gradients of each direction's real parameters, and du."""
@@ -63,8 +51,8 @@ def _value_and_gradients(function, params, reals, u, dy):
 
 def _problem(reverse, length, width, initialization, dtype="float32"):
     reals = [init_s4d(jax.random.key(i), width, N, initialization=initialization) for i in range(len(reverse))]
-    u = jnp.asarray(_normal(1, B, length, width)).astype(dtype)
-    dy = jnp.asarray(_normal(2, B, length, width * len(reverse))).astype(dtype)
+    u = jnp.asarray(oracles.normal(1, B, length, width)).astype(dtype)
+    dy = jnp.asarray(oracles.normal(2, B, length, width * len(reverse))).astype(dtype)
     return [to_complex(real) for real in reals], reals, u, dy
 
 
@@ -79,7 +67,7 @@ def test_values_and_gradients(reverse, length, width, initialization, discretiza
     exact_u, errors, outputs, exact_du = np.asarray(u, np.float64), {}, [], 0
     for i, backward in enumerate(reverse):
         options = {"discretization": discretization, "reverse": backward}
-        exact = _exactly(reals[i], params[i])
+        exact = oracles.exactly(reals[i], params[i])
         outputs.append(oracles.recurrence(exact, exact_u, **options))
         exact_dy = np.asarray(dy, np.float64)[..., i * width : (i + 1) * width]
         d_real, part = oracles.recurrence_gradients(exact, exact_u, exact_dy, **options)
@@ -105,10 +93,11 @@ def test_few_states_and_small_steps():
     """States that do not fill a register; and steps where Lambda_bar - 1 loses digits unless it is taken with care."""
     real = init_s4d(jax.random.key(0), 3, 6, initialization="inv", dt_min=1e-3, dt_max=1.001e-3)
     real["D"] = jnp.zeros_like(real["D"])  # or it would hide errors
-    u = _normal(1, 1, 200, 3)
+    u = oracles.normal(1, 1, 200, 3)
     kernel = functools.partial(pallas_tpu, discretization="zoh", reverse=FORWARD, interpret=True)
     y = jax.jit(kernel, compiler_options=QUICK_COMPILE)([to_complex(real)], u)
-    assert oracles.relative_error(y, oracles.recurrence(_exactly(real, to_complex(real)), u)) < SEQUENCES["float32"]
+    expected = oracles.recurrence(oracles.exactly(real, to_complex(real)), u)
+    assert oracles.relative_error(y, expected) < SEQUENCES["float32"]
 
 
 def test_float32_products_are_of_full_precision():
