@@ -287,7 +287,7 @@ def build_train_step(config: ConfigDict, mesh: Mesh) -> tuple[Callable, TrainSta
     else:
         shapes["image"] = (B, H, W, C), jnp.uint8
     batch = {k: jax.ShapeDtypeStruct(*of, sharding=over_batch(mesh)) for k, of in shapes.items()}
-    return make_train_step(recipe), recipe.abstract_state(), batch
+    return make_train_step(recipe), recipe.abstract_state, batch
 
 
 def build_experiment(config: ConfigDict) -> Experiment:

@@ -214,10 +214,12 @@ def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:
     return config
 
 
-def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+def flatten(values: Mapping | ConfigDict, prefix: str = "") -> dict[str, object]:
+    """The values of all groups under dotted keys, "model.depth"."""
     items = {}
-    for key, value in config.items():
-        items.update(_flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value})
+    for key, value in values.items():
+        is_group = isinstance(value, Mapping | ConfigDict)
+        items.update(flatten(value, f"{prefix}{key}.") if is_group else {prefix + key: value})
     return items
 
 
@@ -232,7 +234,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
       ValueError: a key is missing or unknown, or a value is not allowed or does not fit another or the devices. The
         message names the key, the value and what is allowed.
     """
-    values, known = _flat(config), _flat(default_config())
+    values, known = flatten(config), flatten(default_config())
     unknown, missing = sorted(values.keys() - known.keys()), sorted(known.keys() - values.keys())
     if unknown or missing:
         raise ValueError(f"config keys do not match: unknown {unknown}, missing {missing}; known are {sorted(known)}")

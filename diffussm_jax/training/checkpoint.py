@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from diffussm_jax.data.latents import file_sha256
+from diffussm_jax.parallel.sharding import path_of
 from diffussm_jax.training.state import TrainState
 
 NUM_NEWEST = 2
@@ -38,7 +39,7 @@ def check_same_tree(expected, found, what: str) -> None:
 
     def shapes(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
 
     expected, found = shapes(expected), shapes(found)
     if expected == found:

@@ -21,6 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from diffussm_jax.config import flatten
 from diffussm_jax.data.loader import Batch, Loader, prefetch
 from diffussm_jax.data.transforms import image_grid, save_png
 from diffussm_jax.parallel.mesh import batch_to_devices, replicated
@@ -83,17 +84,9 @@ class Experiment:
     intervals: Intervals
 
 
-def _flat(config: dict) -> dict:
-    """The values of all groups, under dotted keys."""
-    flat = {}
-    for key, value in config.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return flat
-
-
 def _check_same_config(old: dict, new: dict, where: str) -> None:
     """ValueError, which names what differs, where two configs are not of the same experiment."""
-    old, new = _flat(old), _flat(json.loads(json.dumps(new)))
+    old, new = flatten(old), flatten(json.loads(json.dumps(new)))
     differing = [
         f"config.{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -202,7 +195,7 @@ def _start(experiment: Experiment, checkpointer: Checkpointer) -> tuple[TrainSta
     _check_same_config(checkpointer.about(step)["config"], experiment.config, str(path))
     if jax.process_index() == 0:
         print(f"Resuming from the checkpoint of step {step}, {path}.", flush=True)
-    return checkpointer.restore(step, experiment.recipe.abstract_state()), step
+    return checkpointer.restore(step, experiment.recipe.abstract_state), step
 
 
 class _Run:

@@ -5,6 +5,7 @@ devices comes from the mesh and from the model's sharding rules.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -58,9 +59,15 @@ class Recipe:
     mesh: Mesh
 
     def create_state(self) -> TrainState:
-        """The state before the first step, laid out as `abstract_state`."""
-        return jax.jit(self._create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state()))()
+        """The state before the first step, in its `layout`."""
+        return jax.jit(self._create, out_shardings=self.layout)()
 
+    @functools.cached_property
+    def layout(self) -> TrainState:
+        """The sharding of each array of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; ValueError where a parameter cannot be split so."""
         shapes = jax.eval_shape(self._create)
@@ -168,8 +175,7 @@ def make_train_step(recipe: Recipe) -> Callable[[TrainState, Batch], TrainState]
                 | {"count": state.window["count"] + is_taken, "skipped": state.window["skipped"] + ~is_taken},
             )
 
-    layout = jax.tree.map(lambda leaf: leaf.sharding, r.abstract_state())
-    return jax.jit(train_step, donate_argnums=0, in_shardings=(layout, over_batch(r.mesh)), out_shardings=layout)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(r.layout, over_batch(r.mesh)), out_shardings=r.layout)
 
 
 def make_eval_step(recipe: Recipe) -> Callable[[dict, Batch, int], jax.Array]:
@@ -184,7 +190,8 @@ def make_eval_step(recipe: Recipe) -> Callable[[dict, Batch, int], jax.Array]:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(r.seed), _EVAL_SALT), index)
             return _losses(r, params, *_draw(r, batch, key), train=False)["loss"]
 
-    layout = jax.tree.map(lambda leaf: leaf.sharding, r.abstract_state().ema_params)
     return jax.jit(
-        eval_step, in_shardings=(layout, over_batch(r.mesh), replicated(r.mesh)), out_shardings=replicated(r.mesh)
+        eval_step,
+        in_shardings=(r.layout.ema_params, over_batch(r.mesh), replicated(r.mesh)),
+        out_shardings=replicated(r.mesh),
     )

@@ -25,7 +25,7 @@ FLAGS = (*DIGITS, *QUIET, f"--config.num_steps={NUM_STEPS}", "--config.checkpoin
 def final_state(workdir):
     recipe = build_recipe(load_config(workdir), make_mesh(1))
     with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
-        return jax.device_get(checkpointer.restore(NUM_STEPS, recipe.abstract_state()))
+        return jax.device_get(checkpointer.restore(NUM_STEPS, recipe.abstract_state))
 
 
 def kill_during(workdir, rng, in_save):

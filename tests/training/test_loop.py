@@ -28,7 +28,7 @@ def rows(workdir):
 def final_state(workdir):
     recipe = build_experiment(tiny_config()).recipe
     with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
-        return checkpointer.restore(12, recipe.abstract_state())
+        return checkpointer.restore(12, recipe.abstract_state)
 
 
 @pytest.mark.parametrize("signum,stop_at", [(signal.SIGINT, 5), (signal.SIGTERM, 8)], ids=["ctrl-c", "sigterm"])
