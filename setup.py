@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["diffussm_jax", "diffussm_jax.*"]),
+    package_data={"diffussm_jax.ssm": ["auto_table.csv"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -23,7 +23,6 @@ def get_config():
     config.model.depth = 4
     config.model.state_size = 16
     config.model.scan_unroll = 4
-    config.model.ssm_method = "chunked"
 
     config.diffusion.schedule = "cosine"
     config.diffusion.clip_x_0 = True

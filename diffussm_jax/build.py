@@ -21,7 +21,7 @@ from diffussm_jax.data.sources import Digits, open_source
 from diffussm_jax.data.transforms import random_flip, to_uint8, to_unit_range
 from diffussm_jax.diffusion import SAMPLERS, SCHEDULES, Schedule, classifier_free, respace
 from diffussm_jax.models import DiffuSSM
-from diffussm_jax.parallel.mesh import BATCH, local_rows, make_mesh, over_batch, replicated
+from diffussm_jax.parallel.mesh import BATCH, local_rows, make_mesh, over_batch, platform_of, replicated
 from diffussm_jax.training.loop import Experiment, Intervals
 from diffussm_jax.training.optimizer import adamw, learning_rate_schedule
 from diffussm_jax.training.posthoc_ema import SIGMAS
@@ -39,12 +39,12 @@ def input_shape(config: ConfigDict) -> tuple[int, int, int]:
     return size, size, config.data.num_channels
 
 
-def build_model(config: ConfigDict) -> nn.Module:
-    """The backbone that `config.model` and `config.data.num_classes` describe."""
+def build_model(config: ConfigDict, platform: str | None = None) -> nn.Module:
+    """The backbone of `config.model` and `config.data.num_classes`, for a platform: JAX's default backend if None."""
     options = config.model.to_dict()
     options.pop("name")
     options["dtype"] = jnp.dtype(options["dtype"])
-    return DiffuSSM(num_classes=config.data.num_classes, **options)
+    return DiffuSSM(num_classes=config.data.num_classes, platform=platform, **options)
 
 
 def build_schedule(config: ConfigDict) -> Schedule:
@@ -248,7 +248,7 @@ def build_recipe(config: ConfigDict, mesh: Mesh, encode: Encode | None = None) -
     """
     o = config.optimizer
     return Recipe(
-        model=build_model(config),
+        model=build_model(config, platform_of(mesh)),
         input_shape=input_shape(config),
         schedule=build_schedule(config),
         encode=encode or build_codec(config, has_decoder=False).encode,

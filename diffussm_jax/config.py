@@ -26,7 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "model.name": ("diffussm",),
         "model.discretization": ("zoh", "bilinear"),
         "model.initialization": ("legs", "lin", "inv"),
-        "model.ssm_method": ("recurrent", "associative", "fft", "chunked", "pallas"),
+        "model.ssm_method": ("auto", "recurrent", "associative", "fft", "chunked", "pallas"),
         "model.remat": ("none", "dots", "block"),
         "model.dtype": ("float32", "bfloat16"),
         "data.source": ("digits", "images", "latents"),
@@ -118,7 +118,7 @@ def default_config() -> ConfigDict:
     config.model.bidirectional = True
     config.model.discretization = "zoh"
     config.model.initialization = "lin"
-    config.model.ssm_method = "fft"
+    config.model.ssm_method = "auto"
     config.model.label_dropout = 0.1
     config.model.remat = "none"  # what is computed again in the backward pass: "dots": all but linear layers; "block"
     config.model.scan_unroll = 1
@@ -207,7 +207,6 @@ def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:
     apply_size(config, size)
     config.model.remat = "block"
     config.model.dtype = "bfloat16"
-    config.model.ssm_method = "chunked"  # on a TPU it moves half of the bytes of "fft" or less, and compiles faster
     use_latents(config)
     config.data.image_size = image_size
     config.data.num_classes = num_classes

@@ -30,8 +30,9 @@ from diffussm_jax import cli
 from diffussm_jax.build import build_model, build_train_step, input_shape
 from diffussm_jax.config import CHOICES, validate
 from diffussm_jax.parallel.hlo import Collective, collectives
-from diffussm_jax.parallel.mesh import make_mesh
+from diffussm_jax.parallel.mesh import make_mesh, platform_of
 from diffussm_jax.parallel.topology import Machine, compile_only_devices, parse_machine
+from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.chunked import CHUNK
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
@@ -159,7 +160,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
         settings={
             "remat": config.model.remat,
             "accumulation_steps": config.optimizer.accumulation_steps,
-            "ssm_method": config.model.ssm_method,
+            "ssm_method": ssm_method(config, platform_of(mesh)),
             "dtype": config.model.dtype,
         },
         state_bytes={name: size for name, size in state_bytes.items() if size},
@@ -167,7 +168,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
         peak_bytes=peak_bytes,
         multiply_adds=build_model(config).multiply_adds(*input_shape(config))["total"],
         recomputed_multiply_adds=recomputed_multiply_adds(config),
-        ssm_multiply_adds=ssm_multiply_adds(config),
+        ssm_multiply_adds=ssm_multiply_adds(config, platform_of(mesh)),
         collectives=collectives(compiled.as_text(), mesh.size),
         compile_seconds=compile_seconds,
     )
@@ -204,21 +205,29 @@ def recomputed_multiply_adds(config: ConfigDict) -> int:
     return again[config.model.remat]
 
 
-def ssm_multiply_adds(config: ConfigDict) -> int | None:
+def ssm_method(config: ConfigDict, platform: str) -> str:
+    """How a platform computes the SSMs of a config: the method that "auto" stands for there."""
+    model, (H, W, _) = config.model, input_shape(config)
+    if model.ssm_method != "auto":
+        return model.ssm_method
+    return fastest_method(platform, model.dtype, H * W, model.width, model.state_size)
+
+
+def ssm_multiply_adds(config: ConfigDict, platform: str) -> int | None:
     """Multiply-adds of all SSMs in the forward pass of one image; None for the methods that are not counted.
 
-    "chunked": the matrix products inside and between chunks. "fft": transforms of n real points at 5/4 n log2 n, one of
-    the input and one back for each direction, and the products of their spectra at 3 a complex one. Making kernels and
-    operators, once for a whole batch, is not counted.
+    "chunked": the matrix products inside and between chunks, those of both directions as one with zeros between. "fft":
+    transforms of n real points at 5/4 n log2 n, one of the input and one back for each direction, and the products of
+    their spectra at 3 a complex one. Making kernels and operators, once for a whole batch, is not counted.
     """
-    model = config.model
+    model, method = config.model, ssm_method(config, platform)
     H, W, _ = input_shape(config)
     L, R = H * W, 2 if model.bidirectional else 1
-    if model.ssm_method == "chunked":
+    if method == "chunked":
         c = min(L, CHUNK)
         K = math.ceil(L / c)
-        a_channel = R * K * c * (c + (2 * model.state_size if K > 1 else 0))
-    elif model.ssm_method == "fft":
+        a_channel = R * K * c * (c + ((1 + R) * model.state_size if K > 1 else 0))
+    elif method == "fft":
         n = next_fast_len(2 * L - 1, real=True)
         a_channel = (1 + R) * 5 / 4 * n * math.log2(n) + 3 * R * (n // 2 + 1)
     else:

@@ -48,7 +48,7 @@ def test_the_papers_configs_come_in_sizes(size, width, depth):
     "key,value,message",
     [
         ("model.name", "dit2", "config.model.name is 'dit2'; choose one of diffussm"),
-        ("model.ssm_method", "fftt", "'fftt'; choose one of recurrent, associative, fft, chunked, pallas"),
+        ("model.ssm_method", "fftt", "'fftt'; choose one of auto, recurrent, associative, fft, chunked, pallas"),
         ("model.depth", 0, "config.model.depth must be a whole number of at least 1, got 0"),
         ("model.hourglass_ratio", 3, r"M = 3 must divide the latent's width 8 \(so that L = 64"),
         ("model.width", 18, "config.model.width must be a multiple of 4.*got 18"),

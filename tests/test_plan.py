@@ -100,14 +100,14 @@ def test_matrix_products_of_the_chunked_ssm_are_counted_exactly(bidirectional):
     config = small_config("chunked", bidirectional=bidirectional)
     forward, _, params = forward_and_gradient(config)
     linear = build_model(config).multiply_adds(*input_shape(config))["total"]
-    assert an_image(forward, params) - linear == plan_lib.ssm_multiply_adds(config)
+    assert an_image(forward, params) - linear == plan_lib.ssm_multiply_adds(config, "cpu")
 
 
 def test_ffts_are_counted():
     config = small_config("fft", depth=1)
     # n = 512 real points: 3 transforms of 5/4 n log2 n, and 2 products of 257 complex numbers.
-    assert plan_lib.ssm_multiply_adds(config) == 32 * (3 * 5 * 512 * 9 // 4 + 3 * 2 * 257)
-    assert plan_lib.ssm_multiply_adds(small_config("recurrent")) is None
+    assert plan_lib.ssm_multiply_adds(config, "cpu") == 32 * (3 * 5 * 512 * 9 // 4 + 3 * 2 * 257)
+    assert plan_lib.ssm_multiply_adds(small_config("recurrent"), "cpu") is None
 
 
 def test_the_count_agrees_with_xla_on_an_unrolled_model():

@@ -111,7 +111,8 @@ class DiffuSSM(nn.Module):
       remat: what is kept for the backward pass: "none" (everything), "dots" (each block's input and what its linear
         layers give; SSM and nonlinearities are computed again), "block" (each block's input).
       scan_unroll: how many blocks each iteration of the scan over depth holds.
-      dtype: of the linear layers and the residual stream; parameters, norms and SSMs are float32.
+      dtype: of the linear layers and the residual stream; parameters, norms and the states of SSMs are float32.
+      platform: what it is compiled for, by which SSM methods are chosen; JAX's default backend if None.
     """
 
     width: int
@@ -128,6 +129,7 @@ class DiffuSSM(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    platform: str | None = None
     sharding_rules: ClassVar = SHARDING_RULES
 
     def _check(self, x_t: jax.Array, y: jax.Array | None) -> None:
@@ -196,6 +198,7 @@ class DiffuSSM(nn.Module):
             "discretization": self.discretization,
             "initialization": self.initialization,
             "method": self.ssm_method,
+            "platform": self.platform,
         }
         return scanned(self.hourglass_ratio, mixer, self.dtype, name="blocks")
 

@@ -22,6 +22,7 @@ class S4D(nn.Module):
       dt_min: smallest initial step.
       dt_max: largest initial step.
       method: how `ssm_apply` computes it.
+      platform: what it is compiled for, as for `ssm_apply`.
     """
 
     state_size: int = 64
@@ -31,6 +32,7 @@ class S4D(nn.Module):
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     method: str = DEFAULT_METHOD
+    platform: str | None = None
 
     @nn.compact
     def __call__(self, u: jax.Array) -> jax.Array:
@@ -46,7 +48,7 @@ class S4D(nn.Module):
             )
             return to_complex(real)
 
-        options = {"method": self.method, "discretization": self.discretization}
+        options = {"method": self.method, "discretization": self.discretization, "platform": self.platform}
 
         def apply(directions, u):
             if self.bidirectional:

@@ -4,22 +4,28 @@
     associative  a parallel prefix scan
     fft          a convolution by FFT
     chunked      matrix products in chunks, states between them
-    pallas       the same as a kernel for TPUs, on no other machine
+    pallas       the same as a kernel, for TPUs
+    auto         the one of these that was measured to be the fastest (`auto.py`), the default
 
-All give the same numbers to float32 accuracy, for any L; `pallas` of a bfloat16 input to the accuracy of that.
-`diffussm_jax.bench ssm` times them side by side.
+All give the same numbers to float32 accuracy, for any L; `chunked` and `pallas` of a bfloat16 input to the accuracy of
+that. `diffussm_jax.bench ssm` times them side by side.
 """
 
 import jax
 import jax.numpy as jnp
 
-from diffussm_jax.ssm import chunked as chunked_lib
-from diffussm_jax.ssm import fft as fft_lib
-from diffussm_jax.ssm import pallas_tpu as pallas_lib
-from diffussm_jax.ssm import recurrent as recurrent_lib
+from diffussm_jax.ssm.auto import fastest_method
+from diffussm_jax.ssm.chunked import chunked
+from diffussm_jax.ssm.fft import fft
+from diffussm_jax.ssm.pallas_tpu import pallas_tpu
 from diffussm_jax.ssm.params import SSMParams
+from diffussm_jax.ssm.recurrent import associative, recurrent
 
-DEFAULT_METHOD = "fft"
+DEFAULT_METHOD = "auto"
+METHODS = ("auto", "recurrent", "associative", "fft", "chunked", "pallas")
+PLATFORMS = ("cpu", "gpu", "tpu")
+_PALLAS = {"tpu": pallas_tpu}
+_HALF_PRECISION = ("chunked", "pallas")  # methods that take bfloat16 as it is
 
 
 def _one_by_one(scan):
@@ -35,19 +41,28 @@ def _one_by_one(scan):
     return apply
 
 
-METHODS = {
-    "recurrent": _one_by_one(recurrent_lib.recurrent),
-    "associative": _one_by_one(recurrent_lib.associative),
-    "fft": fft_lib.fft,
-    "chunked": chunked_lib.chunked,
-    "pallas": pallas_lib.pallas_tpu,
+_FUNCTIONS = {
+    "recurrent": _one_by_one(recurrent),
+    "associative": _one_by_one(associative),
+    "fft": fft,
+    "chunked": chunked,
 }
-_NATIVE = {"pallas": (jnp.float32, jnp.bfloat16)}  # dtypes of u that a method takes as they are
 
 
-def _apply(directions, reverse, u, method, discretization):
+def _function(method: str, platform: str):
+    if method != "pallas":
+        return _FUNCTIONS[method]
+    if platform not in _PALLAS:
+        raise ValueError(f"SSM method 'pallas' has a kernel for {' and '.join(_PALLAS)}, none for {platform}")
+    return _PALLAS[platform]
+
+
+def _apply(directions, reverse, u, method, discretization, platform):
     if method not in METHODS:
         raise ValueError(f"unknown SSM method {method!r}; choose one of {', '.join(METHODS)}")
+    platform = jax.default_backend() if platform is None else platform
+    if platform not in PLATFORMS:
+        raise ValueError(f"unknown platform {platform!r}; choose one of {', '.join(PLATFORMS)}")
     for params in directions:
         if u.ndim != 3 or params.dt.shape[0] != u.shape[-1]:
             raise ValueError(
@@ -57,8 +72,11 @@ def _apply(directions, reverse, u, method, discretization):
         raise ValueError(f"u must be of a float dtype, got {u.dtype}")
     if u.shape[1] < 1:
         raise ValueError(f"u must have at least one position, got shape {u.shape}")
-    operand = u if u.dtype in _NATIVE.get(method, ()) else u.astype(jnp.float32)
-    y = METHODS[method](directions, operand, discretization=discretization, reverse=reverse)
+    if method == "auto":
+        method = fastest_method(platform, u.dtype.name, *u.shape[1:], 2 * directions[0].Lambda.shape[1])
+    is_native = u.dtype == jnp.bfloat16 and method in _HALF_PRECISION
+    operand = u if is_native else u.astype(jnp.float32)
+    y = _function(method, platform)(directions, operand, discretization=discretization, reverse=reverse)
     return y.astype(u.dtype)
 
 
@@ -69,23 +87,26 @@ def ssm_apply(
     method: str = DEFAULT_METHOD,
     discretization: str = "zoh",
     reverse: bool = False,
+    platform: str | None = None,
 ) -> jax.Array:
     """Runs D diagonal SSMs over a sequence: y[l] = sum_j K[j] u[l - j] + D u[l].
 
     Args:
       params: `SSMParams` of D channels.
-      u: [B, L, D] of any float dtype; computed in float32. Any L >= 1.
-      method: "recurrent", "associative", "fft", "chunked", or on a TPU "pallas".
+      u: [B, L, D] of any float dtype. Any L >= 1.
+      method: "auto", the fastest, or one by name: "recurrent", "associative", "fft", "chunked", on a TPU "pallas". Sums
+        and states are float32; "chunked" and "pallas" multiply bfloat16 inputs as they are, others in float32.
       discretization: "zoh" or "bilinear".
       reverse: whether time runs backwards, y[l] = sum_j K[j] u[l + j] + D u[l].
+      platform: what it is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
 
     Returns:
       y [B, L, D] in the dtype of `u`.
 
     Raises:
-      ValueError: a name is unknown, or `u` does not fit the parameters.
+      ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
     """
-    return _apply((params,), (reverse,), u, method, discretization)
+    return _apply((params,), (reverse,), u, method, discretization, platform)
 
 
 def ssm_apply_bidirectional(
@@ -95,6 +116,7 @@ def ssm_apply_bidirectional(
     *,
     method: str = DEFAULT_METHOD,
     discretization: str = "zoh",
+    platform: str | None = None,
 ) -> jax.Array:
     """Runs one SSM forward and another backward over the same sequence; both see the current position.
 
@@ -103,14 +125,16 @@ def ssm_apply_bidirectional(
     Args:
       forward: `SSMParams` of D channels.
       backward: `SSMParams` of D channels.
-      u: [B, L, D] of any float dtype; computed in float32. Any L >= 1.
-      method: "recurrent", "associative", "fft", "chunked", or on a TPU "pallas".
+      u: [B, L, D] of any float dtype. Any L >= 1.
+      method: "auto", the fastest, or one by name: "recurrent", "associative", "fft", "chunked", on a TPU "pallas". Sums
+        and states are float32; "chunked" and "pallas" multiply bfloat16 inputs as they are, others in float32.
       discretization: "zoh" or "bilinear".
+      platform: what it is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
 
     Returns:
       [B, L, 2D] in the dtype of `u`: the forward outputs, then the backward ones.
 
     Raises:
-      ValueError: a name is unknown, or `u` does not fit the parameters.
+      ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
     """
-    return _apply((forward, backward), (False, True), u, method, discretization)
+    return _apply((forward, backward), (False, True), u, method, discretization, platform)

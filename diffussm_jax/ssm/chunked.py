@@ -1,16 +1,26 @@
 """The SSM by chunks: matrix products inside a chunk of the sequence, a short recurrence of states between chunks.
 
-Cut into K chunks of c positions, u becomes u_k, and with s_k the state on entering chunk k
+Cut into K chunks of c positions, u becomes rows U_k [1, c], and with S_k [1, N] the state on entering chunk k
 
-    y_k     = T u_k + F s_k          T [c, c]   Toeplitz of the kernel's first c taps (lower triangular; upper for
-    backward) s_{k+1} = Lambda_bar**c s_k + E u_k   E [N, c]  what the chunk's inputs leave in the state at its end
-                                     F [c, N]   what the state at its start gives to the outputs
+    Y_k     = U_k T + S_k P           T [c, c]  Toeplitz of the kernel's first c taps (upper triangular; lower backward)
+    S_{k+1} = A S_k + U_k V           V [c, N]  what the chunk's inputs leave in the state at its end
+                                      P [N, c]  what the state at its start gives to the outputs
+                                      A [N/2]   Lambda_bar**c, complex
 
-all per channel and in real arithmetic, the real and imaginary parts of the N/2 states one under the other. Work and
-memory are linear in L (the same split as SSD, arXiv 2405.21060, section 6, with states that are diagonal and
-time-invariant).
+all per channel and in real arithmetic, the real and imaginary parts of the N/2 states side by side. Work and memory
+are linear in L (the same split as SSD, arXiv 2405.21060, section 6, with states that are diagonal and
+time-invariant). The directions share the products: T, V and P of all of them stand side by side (P in blocks), so that
+u is read once for the states and once for the outputs.
+
+The gradient is the same operator transposed: the adjoint states dW run from chunk to chunk in the opposite order,
+
+    dS = dY P^T,   dW_k = conj(A) dW_{k+1} + dS_{k+1},   dU = dY T^T + dW V^T,
+
+and products over all rows, U^T dY, U^T dW, S^T dY and conj(S) dW, are the gradients of T, V, P and A. T, V, P and A
+depend on the parameters alone; they are made again for the gradient, and not stored for it.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,60 +32,135 @@ from diffussm_jax.ssm.kernel import diagonal_kernel, real_rows
 from diffussm_jax.ssm.params import SSMParams
 
 CHUNK = 64
+_FLOAT = jnp.float32
 
 
 class _Operators(NamedTuple):
-    toeplitz: jax.Array  # T [D, c, c]
-    write: jax.Array  # E [D, N, c]
-    read: jax.Array  # F [D, c, N]
-    decay: jax.Array  # Lambda_bar**c [D, N/2] complex
+    """Of R directions; float32."""
+
+    toeplitz: jax.Array  # T [D, c, R * c]
+    write: jax.Array  # V [D, c, R * N]
+    read: jax.Array  # P [D, R * N, R * c], zero where the directions differ
+    decay: jax.Array  # A [R, D, N/2] complex
 
 
 def _toeplitz(K: jax.Array, reverse: bool) -> jax.Array:
-    """T[i, j] = K[i - j] where i >= j (backward: K[j - i] where j >= i), for K [D, c]: [D, c, c].
+    """T[j, i] = K[i - j] where i >= j (backward: K[j - i] where j >= i), for K [D, c]: [D, c, c].
 
     Every row is the one above, shifted by one: laid end to end, copies of a vector of length 2c read in rows of 2c - 1.
     No gather, whose gradient would be a scatter.
     """
     D, c = K.shape
     zeros = jnp.zeros_like(K)
-    ring = jnp.concatenate([K, zeros] if reverse else [K[:, :1], zeros, K[:, :0:-1]], 1)  # T[i, j] = ring[j - i mod 2c]
+    ring = jnp.concatenate([K[:, :1], zeros, K[:, :0:-1]] if reverse else [K, zeros], 1)  # T[j, i] = ring[i - j mod 2c]
     rows = jnp.broadcast_to(ring[:, None], (D, c, 2 * c)).reshape(D, 2 * c * c)[:, : c * (2 * c - 1)]
     return rows.reshape(D, c, 2 * c - 1)[:, :, :c]
 
 
-def _operators(params: SSMParams, chunk: int, discretization: str, reverse: bool) -> _Operators:
-    _, B_bar = discretize(params.Lambda, params.B, params.dt, discretization)
-    K = diagonal_kernel(params.Lambda, params.B, params.C, params.dt, chunk, discretization)
-    powers = transition_powers(params.Lambda, params.dt, jnp.arange(chunk + 1), discretization)  # [D, N/2, c + 1]
-    since_input = B_bar[..., None] * powers[..., :-1]
-    until_output = (2 * params.C)[..., None] * powers[..., 1:]
-    if reverse:
-        until_output = jnp.flip(until_output, -1)
-    else:
-        since_input = jnp.flip(since_input, -1)
+def _operators(
+    directions: Sequence[SSMParams], chunk: int, discretization: str, reverse: tuple[bool, ...]
+) -> _Operators:
+    toeplitz, write, read, decay = [], [], [], []
+    for r, (p, is_reverse) in enumerate(zip(directions, reverse, strict=True)):
+        _, B_bar = discretize(p.Lambda, p.B, p.dt, discretization)
+        K = diagonal_kernel(p.Lambda, p.B, p.C, p.dt, chunk, discretization)
+        powers = transition_powers(p.Lambda, p.dt, jnp.arange(chunk + 1), discretization)  # [D, N/2, c + 1]
+        since_input = B_bar[..., None] * powers[..., :-1]
+        until_output = (2 * p.C)[..., None] * powers[..., 1:]
+        if is_reverse:
+            until_output = jnp.flip(until_output, -1)
+        else:
+            since_input = jnp.flip(since_input, -1)
+        toeplitz.append(_toeplitz(K.at[:, 0].add(p.D), is_reverse))  # the skip is a tap at lag 0
+        write.append(real_rows(since_input, 1).swapaxes(1, 2))
+        own = real_rows(until_output.conj(), 1)  # Re(P S) = Re P Re S - Im P Im S
+        others = (0, 0), (0, 0), (r * chunk, (len(directions) - 1 - r) * chunk)
+        read.append(jnp.pad(own, others))
+        decay.append(powers[..., -1])
     return _Operators(
-        toeplitz=_toeplitz(K.at[:, 0].add(params.D), reverse),  # the skip is a tap at lag 0
-        write=real_rows(since_input, 1),
-        read=real_rows(until_output.conj(), 1).swapaxes(1, 2),  # Re(F s) = Re F Re s - Im F Im s
-        decay=powers[..., -1],
+        *(jnp.concatenate(m, axis) for m, axis in ((toeplitz, 2), (write, 2), (read, 1))), jnp.stack(decay)
     )
 
 
-def _carry(written: jax.Array, decay: jax.Array, reverse: bool) -> jax.Array:
-    """The state on entering each chunk, from what each chunk writes: both [D, N, B, K] real."""
-    half = written.shape[1] // 2
-    written = jax.lax.complex(written[:, :half], written[:, half:]).transpose(3, 0, 1, 2)
+def _carry(written: jax.Array, decay: jax.Array, reverse: Sequence[bool], dtype: jnp.dtype) -> jax.Array:
+    """The state on entering each chunk, from what each chunk adds to it: [D, K, B, R * N] float32, to `dtype`."""
+    D, K, B, _ = written.shape
+    half = decay.shape[-1]
 
-    def body(state, written_k):
-        return decay[..., None] * state + written_k, state
+    def body(i, loop):
+        states, current = loop
+        after = []
+        for r, (is_reverse, state) in enumerate(zip(reverse, current, strict=True)):
+            at = (0, K - 1 - i if is_reverse else i, 0, 2 * half * r)
+            states = jax.lax.dynamic_update_slice(states, real_rows(state, -1)[:, None].astype(dtype), at)
+            added = jax.lax.dynamic_slice(written, at, (D, 1, B, 2 * half))[:, 0]
+            after.append(decay[r][:, None] * state + jax.lax.complex(added[..., :half], added[..., half:]))
+        return states, after
 
-    _, states = jax.lax.scan(body, jnp.zeros_like(written[0]), written, reverse=reverse)
-    return real_rows(states.transpose(1, 2, 3, 0), 1)
+    start = [jnp.zeros((D, B, half), jnp.complex64) for _ in reverse]
+    return jax.lax.fori_loop(0, K, body, (jnp.zeros(written.shape, dtype), start))[0]
 
 
-def _product(operator: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.einsum("dij,djbk->dibk", operator, x, precision=jax.lax.Precision.HIGHEST)
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Operands in the dtype of a, sums in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == _FLOAT else None
+    return jnp.einsum(equation, a, b.astype(a.dtype), precision=precision, preferred_element_type=_FLOAT)
+
+
+def _precise_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The same, but a bfloat16 b is the sum of two numbers: gradients of dt are small differences of states."""
+    if a.dtype == _FLOAT:
+        return _product(equation, a, b)
+    high = b.astype(a.dtype)
+    return _product(equation, a, high) + _product(equation, a, b - high.astype(_FLOAT))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _apply(directions: tuple[SSMParams, ...], U: jax.Array, discretization: str, reverse: tuple[bool, ...]):
+    """U [D, K, B, c] to Y [D, K, B, R * c]."""
+    return _apply_forward(directions, U, discretization, reverse)[0]
+
+
+def _apply_forward(directions, U, discretization, reverse):
+    op = _operators(directions, U.shape[-1], discretization, reverse)
+    Y = _product("dkbj,dji->dkbi", U, op.toeplitz)
+    if U.shape[1] == 1:
+        return Y.astype(U.dtype), (directions, U, None)
+    S = _carry(_precise_product("dkbj,djn->dkbn", U, op.write), op.decay, reverse, U.dtype)
+    return (Y + _product("dkbn,dni->dkbi", S, op.read)).astype(U.dtype), (directions, U, S)
+
+
+def _apply_backward(discretization, reverse, residuals, dY):
+    directions, U, S = residuals
+    op, pull_back = jax.vjp(lambda p: _operators(p, U.shape[-1], discretization, reverse), directions)
+    dU = _product("dkbi,dji->dkbj", dY, op.toeplitz)
+    d_toeplitz = _product("dkbj,dkbi->dji", U, dY)
+    if S is None:
+        (d_directions,) = pull_back(jax.tree.map(jnp.zeros_like, op)._replace(toeplitz=d_toeplitz))
+        return d_directions, dU.astype(U.dtype)
+    dS = _precise_product("dkbi,dni->dkbn", dY, op.read)
+    dW = _carry(dS, op.decay.conj(), [not is_reverse for is_reverse in reverse], U.dtype)
+    d_op = _Operators(
+        toeplitz=d_toeplitz,
+        write=_product("dkbj,dkbn->djn", U, dW),
+        read=_product("dkbn,dkbi->dni", S, dY),
+        decay=_decay_gradient(S, dW, len(reverse)),
+    )
+    (d_directions,) = pull_back(d_op)
+    return d_directions, (dU + _product("dkbn,djn->dkbj", dW, op.write)).astype(U.dtype)
+
+
+_apply.defvjp(_apply_forward, _apply_backward)
+
+
+def _decay_gradient(S: jax.Array, dW: jax.Array, num_directions: int) -> jax.Array:
+    """The gradient of A [R, D, N/2], as JAX has those of complex numbers: conjugate."""
+
+    def as_complex(x):  # [D, K, B, R, N/2]
+        x = x.astype(_FLOAT).reshape(*x.shape[:3], num_directions, 2, -1)
+        return jax.lax.complex(x[..., 0, :], x[..., 1, :])
+
+    return jnp.sum(as_complex(S) * as_complex(dW).conj(), (1, 2)).swapaxes(0, 1)
 
 
 def chunked(
@@ -84,21 +169,26 @@ def chunked(
     *,
     discretization: str,
     reverse: tuple[bool, ...],
+    chunk: int = CHUNK,
 ) -> jax.Array:
-    """R SSMs over the same u [B, L, D] float32, each forward or backward: y [B, L, R * D] float32."""
+    """R SSMs over the same u [B, L, D], each forward or backward: y [B, L, R * D] in the dtype of u.
+
+    The operands of matrix products are of that dtype, float32 or bfloat16, but for those that decide over the states,
+    which keep float32's digits; sums and the states' recurrence are float32.
+
+    Args:
+      directions: R `SSMParams` of D channels.
+      u: [B, L, D] float32 or bfloat16.
+      discretization: "zoh" or "bilinear".
+      reverse: of each direction, whether time runs backwards.
+      chunk: c, positions.
+
+    Returns:
+      y [B, L, R * D] in the dtype of `u`.
+    """
     B, L, D = u.shape
-    c = min(L, CHUNK)
+    c = min(L, chunk)
     K = -(-L // c)
-    u = jnp.pad(u, ((0, 0), (0, K * c - L), (0, 0))).reshape(B, K, c, D).transpose(3, 2, 0, 1)  # [D, c, B, K]
-    operators = [_operators(p, c, discretization, r) for p, r in zip(directions, reverse, strict=True)]
-    if K == 1:
-        outputs = jnp.split(_product(jnp.concatenate([op.toeplitz for op in operators], 1), u), len(operators), 1)
-    else:
-        # All that multiplies u, in one product: T and E of every direction, stacked.
-        stacked = jnp.concatenate([m for op in operators for m in (op.toeplitz, op.write)], 1)
-        products = jnp.split(_product(stacked, u), len(operators), 1)
-        outputs = []
-        for op, product, r in zip(operators, products, reverse, strict=True):
-            outputs.append(product[:, :c] + _product(op.read, _carry(product[:, c:], op.decay, r)))
-    y = jnp.stack(outputs)  # [R, D, c, B, K]
-    return y.transpose(3, 4, 2, 0, 1).reshape(B, K * c, len(directions) * D)[:, :L]
+    U = jnp.pad(u, ((0, 0), (0, K * c - L), (0, 0))).reshape(B, K, c, D).transpose(3, 1, 0, 2)
+    Y = _apply(tuple(directions), U, discretization, tuple(reverse)).reshape(D, K, B, -1, c)
+    return Y.transpose(2, 1, 4, 3, 0).reshape(B, K * c, -1)[:, :L]

@@ -25,8 +25,8 @@ from diffussm_jax.ssm import (
 )
 from diffussm_jax.ssm import METHODS as ALL_METHODS
 
-# The kernel for TPUs has tests of its own.
-METHODS = [name for name in ALL_METHODS if name != "pallas"]
+# "auto" is one of the others, and kernels have tests of their own.
+METHODS = [name for name in ALL_METHODS if name not in ("auto", "pallas")]
 # The largest relative error of whole arrays that float32 may have, in values and in gradients.
 VALUES = {"recurrent": 2e-6, "associative": 1e-5, "fft": 1e-6, "chunked": 1e-6}
 GRADIENTS = {"recurrent": 2e-5, "associative": 5e-5, "fft": 2e-5, "chunked": 2e-5}
@@ -158,7 +158,9 @@ def test_defaults_are_forward_zoh():
 
 @pytest.mark.parametrize(
     ("method", "direction", "dtype"),
-    [("fft", "forward", "float16"), ("fft", "both", "bfloat16")] + [(name, "forward", "bfloat16") for name in METHODS],
+    [("fft", "both", "bfloat16")]
+    + [(name, "forward", "float16") for name in METHODS]
+    + [(name, "forward", "bfloat16") for name in METHODS if name != "chunked"],
 )
 def test_half_precision_is_rounded_once_on_the_way_out(method, direction, dtype):
     p = _problem(direction, 7, "lin")
@@ -238,6 +240,14 @@ def test_input_must_fit_the_parameters(function, shape):
 def test_input_must_have_a_position(function):
     with pytest.raises(ValueError, match=r"at least one position, got shape \(2, 0, 5\)"):
         _call(function, (B, 0, D))
+
+
+@pytest.mark.parametrize("function", [ssm_apply, ssm_apply_bidirectional])
+def test_the_platform_must_be_known_and_have_the_kernel(function):
+    with pytest.raises(ValueError, match="unknown platform 'npu'; choose one of cpu, gpu, tpu"):
+        _call(function, (B, 4, D), platform="npu")
+    with pytest.raises(ValueError, match="'pallas' has a kernel for .*, none for cpu"):
+        _call(function, (B, 4, D), method="pallas", platform="cpu")
 
 
 @pytest.mark.parametrize("widths", [(D, D + 1), (D + 1, D)])

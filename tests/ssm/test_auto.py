@@ -1,0 +1,56 @@
+"""The choice of a method from a table."""
+
+import pytest
+
+from diffussm_jax.ssm import METHODS
+from diffussm_jax.ssm.auto import UNMEASURED, Measurement, fastest_method, read_table
+
+
+def row(L, D, method, ms, platform="gpu", dtype="float32", N=64):
+    return Measurement(platform, "a device", dtype, 1, L, D, N, method, ms)
+
+
+TABLE = [
+    row(256, 384, "fft", 1.0), row(256, 384, "chunked", 2.0),
+    row(4096, 384, "fft", 9.0), row(4096, 384, "chunked", 5.0),
+    row(4096, 1152, "fft", 20.0), row(4096, 1152, "chunked", 30.0),
+    row(4096, 1152, "associative", 3.0, platform="cpu"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("platform", "L", "D", "expected"),
+    [
+        ("gpu", 256, 384, "fft"),
+        ("gpu", 1000, 384, "fft"),  # nearer to 256 than to 4096 in log L
+        ("gpu", 1100, 384, "chunked"),
+        ("gpu", 100_000, 500, "chunked"),
+        ("gpu", 5000, 2000, "fft"),
+        ("cpu", 7, 8, "associative"),
+        ("tpu", 1024, 384, UNMEASURED["tpu"]),
+    ],
+)
+def test_the_nearest_measured_shape_decides(platform, L, D, expected):
+    assert fastest_method(platform, "float32", L, D, 64, TABLE) == expected
+
+
+def test_rows_of_another_dtype_serve_where_there_are_none():
+    assert fastest_method("gpu", "bfloat16", 4096, 384, 64, TABLE) == "chunked"
+    half = [*TABLE, row(4096, 384, "fft", 1.0, dtype="bfloat16")]
+    assert fastest_method("gpu", "bfloat16", 4096, 384, 64, half) == "fft"
+    assert fastest_method("gpu", "float32", 4096, 384, 64, half) == "chunked"
+
+
+def test_the_packaged_table_names_methods_that_exist():
+    table = read_table()
+    assert {"cpu"} <= {row.platform for row in table} <= {"cpu", "gpu", "tpu"}
+    assert {row.method for row in table} <= set(METHODS) - {"auto"}
+    assert {row.L for row in table if row.platform == "cpu"} >= {256, 65_536}
+    assert set(UNMEASURED.values()) <= set(METHODS)
+
+
+def test_a_table_of_other_columns_is_refused(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("method,ms\nfft,1\n")
+    with pytest.raises(ValueError, match="must have the columns platform,device,.*, got method,ms"):
+        read_table(path)
