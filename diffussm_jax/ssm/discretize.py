@@ -38,9 +38,14 @@ def zoh(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.
     Returns:
       Lambda_bar and B_bar, [D, N/2] complex64.
     """
-    root, rest = split_transition(Lambda, dt, "zoh")
-    # Not (root + rest) - 1, which loses all but a few digits where the step is small.
-    return root + rest, ((root - 1) + rest) / Lambda * B
+    turn = _powers(jax.lax.complex(jnp.zeros_like(Lambda.real), Lambda.imag), dt, jnp.ones(1), "zoh")[..., 0]
+    log_decay = Lambda.real * dt[..., None]
+    decay, cos, sin = jnp.exp(log_decay), turn.real, turn.imag
+    # Lambda_bar - 1 loses all but a few digits where the step is small. Its real part is, with v = 1 - cos,
+    # (decay - 1) cos - v, and v is sin**2 / (1 + cos) where it is small.
+    versine = jnp.where(cos > 0, sin * sin / (1 + jnp.abs(cos)), 1 - cos)
+    minus_1 = jax.lax.complex(jnp.expm1(log_decay) * cos - versine, decay * sin)
+    return decay.astype(turn.dtype) * turn, minus_1 / Lambda * B
 
 
 def bilinear(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from diffussm_jax.ssm.discretize import bilinear, transition_powers
+from diffussm_jax.ssm.discretize import discretize, transition_powers
 from diffussm_jax.ssm.pallas_tpu_kernels import (
     CHANNELS,
     CHUNK,
@@ -93,16 +93,6 @@ def _exponents(is_reverse: bool) -> jax.Array:
     return jnp.concatenate([low[::-1], low + 1, high[::-1], steps])
 
 
-def _input_matrix(Lambda: jax.Array, B: jax.Array, dt: jax.Array, discretization: str) -> jax.Array:
-    """B_bar of arrays of one shape; as `zoh` and `bilinear`, but without a gather, which TPUs are slow at."""
-    if discretization == "bilinear":
-        return bilinear(Lambda[..., None], B[..., None], dt)[1][..., 0]
-    turn = _powers(jax.lax.complex(jnp.zeros_like(dt), Lambda.imag), dt, jnp.ones(len(dt), jnp.int32), discretization)
-    cos, sin, log_decay = turn.real, turn.imag, Lambda.real * dt
-    versine = jnp.where(cos > 0, sin * sin / (1 + jnp.abs(cos)), 1 - cos)  # 1 - cos, also where it is small
-    return jax.lax.complex(jnp.expm1(log_decay) * cos - versine, jnp.exp(log_decay) * sin) / Lambda * B
-
-
 def _tables(
     directions: Sequence[SSMParams], discretization: str, reverse: tuple[bool, ...]
 ) -> tuple[_Tables, jax.Array]:
@@ -111,7 +101,8 @@ def _tables(
     dt = _pair(jnp.broadcast_to(p.dt[..., None], p.Lambda.shape))
     Lambda = _pair(p.Lambda, -1)
     z = Lambda * dt.astype(Lambda.dtype)
-    gain = 2 * _pair(p.C) * _input_matrix(Lambda, _pair(p.B), dt, discretization)
+    _, B_bar = discretize(Lambda[..., None], _pair(p.B)[..., None], dt, discretization)
+    gain = 2 * _pair(p.C) * B_bar[..., 0]
     skip = jnp.pad(p.D, ((0, 0), (0, -p.D.shape[1] % CHANNELS)))
     first_tap = jnp.sum(gain.real.reshape(*skip.shape, -1), -1) + skip
     tables = _Tables(
