@@ -1,0 +1,173 @@
+"""DOC"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from diffussm_jax.ssm.discretize import discretize, transition_powers
+from diffussm_jax.ssm.kernel import diagonal_kernel
+from diffussm_jax.ssm.pallas_gpu_kernels import FLOAT, Geometry, TableRefs, backward_kernel, forward_kernel
+from diffussm_jax.ssm.params import SSMParams
+
+CHUNK = {"float32": 32, "bfloat16": 64}
+MAX_ROWS = 64  # of a block
+
+_MIN_SIZE = 16  # of a side of a matrix on a tensor core
+
+
+class _Tables(NamedTuple):
+    """What the gradients of the parameters of R directions go through; float32."""
+
+    taps: jax.Array  # [R, D, c]: K, with the skip in the first
+    gain: jax.Array  # [R, D, 2, n]: g
+    log_transition: jax.Array  # [R, D, 2, n]: of the gradient of log Lambda_bar; its value is not used
+
+
+def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) -> tuple[_Tables, jax.Array]:
+    """The tables, and powers of Lambda_bar [R, D, 2, c + 1, n] through which no gradients go; n is N/2 filled up."""
+    p = jax.tree.map(lambda *x: jnp.concatenate(x), *directions)
+    n = _power_of_two(p.Lambda.shape[-1])
+
+    def by_direction(x):
+        return x.reshape(len(directions), -1, *x.shape[1:])
+
+    def states(z, axis=-1):
+        """Complex [R * D, .., N/2] to real [R, D, 2, .., n]."""
+        z = jnp.pad(z, ((0, 0),) * (z.ndim - 1) + ((0, n - z.shape[-1]),))
+        return by_direction(jnp.stack([z.real, z.imag], 1))
+
+    _, B_bar = discretize(p.Lambda, p.B, p.dt, discretization)
+    taps = diagonal_kernel(p.Lambda, p.B, p.C, p.dt, chunk, discretization).at[:, 0].add(p.D)
+    z = p.Lambda * p.dt[:, None].astype(p.Lambda.dtype)
+    if discretization == "bilinear":
+        z = z * jax.lax.stop_gradient(1 / ((1 - z / 2) * (1 + z / 2)))
+    powers = transition_powers(p.Lambda, p.dt, jnp.arange(chunk + 1), discretization).swapaxes(1, 2)
+    return _Tables(by_direction(taps), states(2 * p.C * B_bar), states(z)), jax.lax.stop_gradient(states(powers))
+
+
+def _operands(tables: _Tables, powers: jax.Array, dtype: jnp.dtype) -> TableRefs:
+    return TableRefs(tables.taps.astype(dtype), tables.gain, powers.astype(dtype), powers[..., -1, :])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _apply(directions, u, g: Geometry, discretization: str):
+    """u [D, B, L] to y [R, D, B, L]."""
+    return _apply_forward(directions, u, g, discretization)[0]
+
+
+def _apply_forward(directions, u, g, discretization):
+    D, B, L = u.shape
+    operands = _operands(*_tables(directions, discretization, g.chunk), u.dtype)
+    y = pl.pallas_call(
+        functools.partial(forward_kernel, g),
+        grid=(D, g.num_blocks, len(g.reverse)),  # directions innermost: they share the reads of u
+        in_specs=[
+            pl.BlockSpec((None, g.rows, L), lambda d, i, r: (d, i, 0)),
+            *(
+                pl.BlockSpec((1, None, *x.shape[2:]), lambda d, i, r, x=x: (r, d) + (0,) * (x.ndim - 2))
+                for x in operands
+            ),
+        ],
+        out_specs=pl.BlockSpec((1, None, g.rows, L), lambda d, i, r: (r, d, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((len(g.reverse), *u.shape), u.dtype),
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=g.interpret,
+    )(u, *operands)
+    return y, (directions, u)
+
+
+def _apply_backward(g, discretization, residuals, dy):
+    directions, u = residuals
+    (D, _, L), R = u.shape, len(g.reverse)
+    tables, pull_back, powers = jax.vjp(lambda p: _tables(p, discretization, g.chunk), directions, has_aux=True)
+    operands = _operands(tables, powers, u.dtype)
+    sums = [(g.chunk, g.chunk), tables.gain.shape[2:], tables.gain.shape[2:]]
+    du, *sums = pl.pallas_call(
+        functools.partial(backward_kernel, g),
+        grid=(D, g.num_blocks),
+        in_specs=[
+            pl.BlockSpec((None, g.rows, L), lambda d, i: (d, i, 0)),
+            pl.BlockSpec((R, None, g.rows, L), lambda d, i: (0, d, i, 0)),
+            *(pl.BlockSpec((R, None, *x.shape[2:]), lambda d, i, x=x: (0, d) + (0,) * (x.ndim - 2)) for x in operands),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, g.rows, L), lambda d, i: (d, i, 0)),
+            *(pl.BlockSpec((None, R, None, *x), lambda d, i, x=x: (i, 0, d) + (0,) * len(x)) for x in sums),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(u.shape, u.dtype),
+            *(jax.ShapeDtypeStruct((g.num_blocks, R, D, *x), FLOAT) for x in sums),
+        ],
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=g.interpret,
+    )(u, dy, *operands)
+    d_toeplitz, by_gain, by_log = (jnp.sum(x, 0) for x in sums)
+    gain = jax.lax.complex(tables.gain[:, :, 0], tables.gain[:, :, 1])
+    by_log = gain * jax.lax.complex(by_log[:, :, 0], by_log[:, :, 1])
+    # The gradient of a real number's real part of f(z) by Re z and Im z is that of Re f', -Im f'.
+    d_tables = _Tables(
+        taps=jnp.sum(d_toeplitz, 2),
+        gain=jnp.stack([by_gain[:, :, 0], -by_gain[:, :, 1]], 2),
+        log_transition=jnp.stack([by_log.real, -by_log.imag], 2),
+    )
+    return *pull_back(d_tables), du
+
+
+_apply.defvjp(_apply_forward, _apply_backward)
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of two, at least 16, that is not below a size."""
+    return max(_MIN_SIZE, 1 << (size - 1).bit_length())
+
+
+def pallas_gpu(
+    directions: Sequence[SSMParams],
+    u: jax.Array,
+    *,
+    discretization: str,
+    reverse: tuple[bool, ...],
+    interpret: bool = False,
+    max_rows: int = MAX_ROWS,
+) -> jax.Array:
+    """R SSMs over the same u, each forward or backward, with gradients of u and of the parameters.
+
+    After SSD (arXiv 2405.21060, section 6). Memory and work are linear in L.
+
+    Args:
+      directions: R `SSMParams` of D channels.
+      u: [B, L, D] float32 or bfloat16. Matrix products take operands of this dtype, float32 ones at full precision.
+      discretization: "zoh" or "bilinear".
+      reverse: of each direction, whether time runs backwards.
+      interpret: whether to run the kernel as plain JAX, on any machine; slow.
+      max_rows: the most sequences that a program of the kernel goes through together; a power of two, at least 16.
+
+    Returns:
+      y [B, L, R * D] in the dtype of `u`.
+
+    Raises:
+      ValueError: `u` is of another dtype, `max_rows` of another size, or the discretisation unknown.
+    """
+    if u.dtype.name not in CHUNK:
+        raise ValueError(f"u must be {' or '.join(CHUNK)} for the GPU kernel, got {u.dtype}")
+    if max_rows < _MIN_SIZE or max_rows & (max_rows - 1):
+        raise ValueError(f"max_rows must be a power of two, at least {_MIN_SIZE}, got {max_rows}")
+    B, L, D = u.shape
+    chunk = CHUNK[u.dtype.name]
+    rows = min(max_rows, _power_of_two(B))
+    g = Geometry(
+        reverse=tuple(reverse),
+        chunk=chunk,
+        num_chunks=-(-L // chunk),
+        rows=rows,
+        num_blocks=-(-B // rows),
+        interpret=interpret,
+    )
+    u = jnp.pad(u, ((0, g.num_blocks * rows - B), (0, g.num_chunks * chunk - L), (0, 0))).transpose(2, 0, 1)
+    y = _apply(tuple(directions), u, g, discretization)
+    return y.transpose(2, 3, 0, 1)[:B, :L].reshape(B, L, len(reverse) * D)
