@@ -21,25 +21,25 @@ _MIN_SIZE = 16  # of a side of a matrix on a tensor core
 
 
 class _Tables(NamedTuple):
-    """What the gradients of the parameters of R directions go through; float32."""
+    """What the gradients of the parameters of R directions go through; float32, complex numbers as pairs."""
 
     taps: jax.Array  # [R, D, c]: K, with the skip in the first
-    gain: jax.Array  # [R, D, 2, n]: g
-    log_transition: jax.Array  # [R, D, 2, n]: of the gradient of log Lambda_bar; its value is not used
+    gain: jax.Array  # [R, D, n, 2]: g
+    log_transition: jax.Array  # [R, D, n, 2]: of the gradient of log Lambda_bar; its value is not used
 
 
 def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) -> tuple[_Tables, jax.Array]:
-    """The tables, and powers of Lambda_bar [R, D, 2, c + 1, n] through which no gradients go; n is N/2 filled up."""
+    """The tables, and powers of Lambda_bar [R, D, c + 1, n, 2] through which no gradients go; n is N/2 filled up."""
     p = jax.tree.map(lambda *x: jnp.concatenate(x), *directions)
     n = _power_of_two(p.Lambda.shape[-1])
 
     def by_direction(x):
         return x.reshape(len(directions), -1, *x.shape[1:])
 
-    def states(z, axis=-1):
-        """Complex [R * D, .., N/2] to real [R, D, 2, .., n]."""
+    def pairs(z):
+        """Complex [R * D, .., N/2] to real [R, D, .., n, 2]."""
         z = jnp.pad(z, ((0, 0),) * (z.ndim - 1) + ((0, n - z.shape[-1]),))
-        return by_direction(jnp.stack([z.real, z.imag], 1))
+        return by_direction(jnp.stack([z.real, z.imag], -1))
 
     _, B_bar = discretize(p.Lambda, p.B, p.dt, discretization)
     taps = diagonal_kernel(p.Lambda, p.B, p.C, p.dt, chunk, discretization).at[:, 0].add(p.D)
@@ -47,11 +47,31 @@ def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) ->
     if discretization == "bilinear":
         z = z * jax.lax.stop_gradient(1 / ((1 - z / 2) * (1 + z / 2)))
     powers = transition_powers(p.Lambda, p.dt, jnp.arange(chunk + 1), discretization).swapaxes(1, 2)
-    return _Tables(by_direction(taps), states(2 * p.C * B_bar), states(z)), jax.lax.stop_gradient(states(powers))
+    return _Tables(by_direction(taps), pairs(2 * p.C * B_bar), pairs(z)), jax.lax.stop_gradient(pairs(powers))
 
 
-def _operands(tables: _Tables, powers: jax.Array, dtype: jnp.dtype) -> TableRefs:
-    return TableRefs(tables.taps.astype(dtype), tables.gain, powers.astype(dtype), powers[..., -1, :])
+def _flat(x: jax.Array) -> jax.Array:
+    """[.., n, 2] to [.., W]."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def _operands(tables: _Tables, powers: jax.Array, dtype: jnp.dtype, powers_dtype: jnp.dtype) -> TableRefs:
+    re, im = tables.gain[..., 0], tables.gain[..., 1]
+    # Re(F s) = Re F Re s - Im F Im s: rows of F are g P and, of the imaginary parts, -g P.
+    read = jnp.stack([_flat(jnp.stack([re, -re], -1)), _flat(jnp.stack([-im, -im], -1))], 2)
+    decay = jnp.moveaxis(powers[:, :, -1], -1, 2)
+    return TableRefs(tables.taps.astype(dtype), read, _flat(powers).astype(powers_dtype), decay)
+
+
+def _complex(products: jax.Array) -> jax.Array:
+    """z w [.., n], from sums of products of z and w, and of z swapped and w, [.., 2, W]."""
+    straight, swapped = (products[..., i, :].reshape(*products.shape[:-2], -1, 2) for i in (0, 1))
+    return jax.lax.complex(straight[..., 0] - straight[..., 1], swapped[..., 0] + swapped[..., 1])
+
+
+def _gradient(derivative: jax.Array) -> jax.Array:
+    """The gradient of Re f(z) by Re z and Im z, [.., 2], from f'(z)."""
+    return jnp.stack([derivative.real, -derivative.imag], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -62,7 +82,7 @@ def _apply(directions, u, g: Geometry, discretization: str):
 
 def _apply_forward(directions, u, g, discretization):
     D, B, L = u.shape
-    operands = _operands(*_tables(directions, discretization, g.chunk), u.dtype)
+    operands = _operands(*_tables(directions, discretization, g.chunk), u.dtype, u.dtype)
     y = pl.pallas_call(
         functools.partial(forward_kernel, g),
         grid=(D, g.num_blocks, len(g.reverse)),  # directions innermost: they share the reads of u
@@ -85,8 +105,8 @@ def _apply_backward(g, discretization, residuals, dy):
     directions, u = residuals
     (D, _, L), R = u.shape, len(g.reverse)
     tables, pull_back, powers = jax.vjp(lambda p: _tables(p, discretization, g.chunk), directions, has_aux=True)
-    operands = _operands(tables, powers, u.dtype)
-    sums = [(g.chunk, g.chunk), tables.gain.shape[2:], tables.gain.shape[2:]]
+    operands = _operands(tables, powers, u.dtype, FLOAT)
+    sums = [(g.chunk, g.chunk), operands.read.shape[2:], operands.read.shape[2:]]
     du, *sums = pl.pallas_call(
         functools.partial(backward_kernel, g),
         grid=(D, g.num_blocks),
@@ -107,14 +127,9 @@ def _apply_backward(g, discretization, residuals, dy):
         interpret=g.interpret,
     )(u, dy, *operands)
     d_toeplitz, by_gain, by_log = (jnp.sum(x, 0) for x in sums)
-    gain = jax.lax.complex(tables.gain[:, :, 0], tables.gain[:, :, 1])
-    by_log = gain * jax.lax.complex(by_log[:, :, 0], by_log[:, :, 1])
-    # The gradient of a real number's real part of f(z) by Re z and Im z is that of Re f', -Im f'.
-    d_tables = _Tables(
-        taps=jnp.sum(d_toeplitz, 2),
-        gain=jnp.stack([by_gain[:, :, 0], -by_gain[:, :, 1]], 2),
-        log_transition=jnp.stack([by_log.real, -by_log.imag], 2),
-    )
+    by_gain, by_log = _complex(by_gain), _complex(by_log)
+    by_log *= jax.lax.complex(tables.gain[..., 0], tables.gain[..., 1])
+    d_tables = _Tables(jnp.sum(d_toeplitz, 2), *(_gradient(x) for x in (by_gain, by_log)))
     return *pull_back(d_tables), du
 
 

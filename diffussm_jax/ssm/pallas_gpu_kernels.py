@@ -1,4 +1,9 @@
-"""The kernels of `pallas_gpu`, whose docstring has the equations: one channel, a block of sequences, chunk by chunk."""
+"""The kernels of `pallas_gpu`, whose docstring has the equations: one channel, a block of sequences, chunk by chunk.
+
+Complex numbers lie along the last axis of real arrays [.., W], real and imaginary part of one state side by side, so
+that matrix products take them whole. In what a tensor core puts out both are registers of one thread, and no data
+moves between threads to multiply them.
+"""
 
 import functools
 from typing import NamedTuple
@@ -32,19 +37,19 @@ class Geometry(NamedTuple):
 
 
 class TableRefs(NamedTuple):
-    """What the kernels need of the parameters of R directions; one direction of them in the forward kernel."""
+    """What the kernels need of the parameters of R directions; of one direction in the forward kernel."""
 
-    taps: jax.Array  # [R, c]: K, with the skip in the first
-    gain: jax.Array  # [R, 2, n]: real and imaginary part of g
-    powers: jax.Array  # [R, 2, c + 1, n] of Lambda_bar
-    decay: jax.Array  # [R, 2, n]: A
+    taps: jax.Array  # [R, c] in the dtype of u: K, with the skip in the first
+    read: jax.Array  # [R, 2, W]: the factors of g that make F from powers
+    powers: jax.Array  # [R, c + 1, W] of Lambda_bar; in the forward kernel in the dtype of u
+    decay: jax.Array  # [R, 2, W/2]: real and imaginary part of A
 
 
 class _Operators(NamedTuple):
     toeplitz: jax.Array  # T [c, c]
-    write: tuple[jax.Array, jax.Array]  # Re V, Im V [c, n]
-    read: tuple[jax.Array, jax.Array]  # Re F, -Im F [n, c]
-    decay: tuple[jax.Array, jax.Array]  # Re A, Im A [1, n]
+    write: jax.Array  # V [c, W]
+    read: jax.Array  # F [W, c]
+    decay: tuple[jax.Array, jax.Array]  # real and imaginary part of A, [1, W/2] each
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -54,13 +59,21 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=FLOAT)
 
 
+def _high_and_low(x: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    """float32 as a sum of one or two arrays of a dtype."""
+    high = x.astype(dtype)
+    return [high] if dtype == FLOAT else [high, (x - high.astype(FLOAT)).astype(dtype)]
+
+
+def _times(a: tuple[jax.Array, jax.Array], z: jax.Array) -> jax.Array:
+    """The product of complex numbers, of which the first have real and imaginary part apart."""
+    a_re, a_im = a
+    re, im = jax.lax.unstack(z.reshape(z.shape[0], -1, 2), axis=-1)
+    return jax.lax.stack([a_re * re - a_im * im, a_re * im + a_im * re], axis=-1).reshape(z.shape)
+
+
 def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _since(position: jax.Array, chunk: int, is_reverse) -> jax.Array:
-    """How many positions of the chunk come after one: the exponent in V; that in P is c minus it."""
-    return jnp.where(is_reverse, position, chunk - 1 - position)
 
 
 def _lags(chunk: int, is_reverse) -> jax.Array:
@@ -69,116 +82,102 @@ def _lags(chunk: int, is_reverse) -> jax.Array:
     return jnp.where(is_reverse, -lag, lag)
 
 
+def _exponents(shape: tuple[int, int], axis: int, is_reverse) -> jax.Array:
+    """The exponents in F, of positions along an axis; those in V are c minus them."""
+    position = _iota(shape, axis)
+    return jnp.where(is_reverse, shape[axis] - position, position + 1)
+
+
 def _operators(tables: TableRefs, r: int, is_reverse) -> _Operators:
-    (_, chunk), n, dtype = tables.taps.shape, tables.gain.shape[-1], tables.taps.dtype
+    (_, chunk), W, dtype = tables.taps.shape, tables.powers.shape[-1], tables.taps.dtype
     lag = _lags(chunk, is_reverse)
-    write = _since(_iota((chunk, n), 0), chunk, is_reverse), _iota((chunk, n), 1)
-    read = chunk - _since(_iota((n, chunk), 1), chunk, is_reverse), _iota((n, chunk), 0)
-    re, im = (tables.powers[r, part, *read].astype(FLOAT) for part in (0, 1))
-    gain_re, gain_im = (tables.gain[r, part, :][:, None] for part in (0, 1))
+    write = chunk - _exponents((chunk, W), 0, is_reverse)
+    read, part = _exponents((W, chunk), 1, is_reverse), _iota((W, chunk), 0)
+    same, cross = (tables.read[r, i, :][:, None] for i in (0, 1))
+    F = same * tables.powers[r, read, part].astype(FLOAT) + cross * tables.powers[r, read, part ^ 1].astype(FLOAT)
     return _Operators(
         toeplitz=jnp.where(lag >= 0, tables.taps[r, jnp.maximum(lag, 0)], jnp.zeros((), dtype)),
-        write=tuple(tables.powers[r, part, *write] for part in (0, 1)),
-        read=((gain_re * re - gain_im * im).astype(dtype), (-(gain_re * im + gain_im * re)).astype(dtype)),
-        decay=tuple(tables.decay[r, part, :][None, :] for part in (0, 1)),
+        write=tables.powers[r, write, _iota((chunk, W), 1)],
+        read=F.astype(dtype),
+        decay=tuple(tables.decay[r, i, :][None, :] for i in (0, 1)),
     )
-
-
-def _times(a, z):
-    """The product of two complex numbers, each a pair of real and imaginary part."""
-    return a[0] * z[0] - a[1] * z[1], a[0] * z[1] + a[1] * z[0]
-
-
-def _written(x: jax.Array, table) -> list[jax.Array]:
-    """What x [rows, c] leaves in the states through a complex table [c, n]."""
-    return [_dot(x, part) for part in table]
-
-
-def _plus(a, b):
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def _output(operators: _Operators, x: jax.Array, state) -> jax.Array:
-    """The outputs of a chunk [rows, c] from its inputs and the state at its start, both operands."""
-    return _dot(x, operators.toeplitz) + _dot(state[0], operators.read[0]) + _dot(state[1], operators.read[1])
 
 
 def forward_kernel(g: Geometry, u_ref, *refs):
     """y [1, rows, L] of one direction from u [rows, L]."""
     *tables, y_ref = refs
-    tables = TableRefs(*tables)
     is_reverse, dtype = g.is_reverse(pl.program_id(2)), u_ref.dtype
-    operators = _operators(tables, 0, is_reverse)
+    T, V, F, A = _operators(TableRefs(*tables), 0, is_reverse)
 
     def body(i, state):
         here = g.positions(i, is_reverse)
         u = u_ref[:, here]
-        y_ref[0, :, here] = _output(operators, u, [part.astype(dtype) for part in state]).astype(dtype)
-        return _plus(_times(operators.decay, state), _written(u, operators.write))
+        y_ref[0, :, here] = (_dot(u, T) + _dot(state.astype(dtype), F)).astype(dtype)
+        return _times(A, state) + _dot(u, V)
 
-    zeros = jnp.zeros((g.rows, tables.gain.shape[-1]), FLOAT)
-    jax.lax.fori_loop(0, g.num_chunks, body, (zeros, zeros))
+    jax.lax.fori_loop(0, g.num_chunks, body, jnp.zeros((g.rows, V.shape[1]), FLOAT))
 
 
 class _Sums(NamedTuple):
     """Sums over chunks and sequences, from which the gradients of a direction's tables follow."""
 
     toeplitz: jax.Array  # [c, c]: dy_j u_i
-    state: tuple[jax.Array, jax.Array]  # [c, n]: u_i s
-    tangent: tuple[jax.Array, jax.Array]  # [c, n]: u_i r
+    state: jax.Array  # [c, W]: u_i s
+    tangent: jax.Array  # [c, W]: u_i r / c
 
 
 def backward_kernel(g: Geometry, u_ref, dy_ref, *refs):
-    """du [rows, L] of all directions, and of each the gradients of its tables, from u [rows, L] and dy [R, rows, L]."""
-    *tables, du_ref, d_toeplitz_ref, d_gain_ref, d_log_ref = refs
+    """du [rows, L], and of each direction the gradients of its tables, from u [rows, L] and dy [R, rows, L]."""
+    *tables, du_ref, d_toeplitz_ref, by_gain_ref, by_log_ref = refs
     tables = TableRefs(*tables)
     for r, is_backward in enumerate(g.reverse):
         if r and not g.interpret:
             pltriton.debug_barrier()  # threads read what others wrote of du
         sums = _adjoint(g, r, not is_backward, u_ref, dy_ref, tables, du_ref)
-        _write_gradients(r, not is_backward, sums, tables, d_toeplitz_ref, d_gain_ref, d_log_ref)
+        _write_gradients(r, not is_backward, sums, tables, d_toeplitz_ref, by_gain_ref, by_log_ref)
 
 
 def _adjoint(g: Geometry, r: int, is_reverse: bool, u_ref, dy_ref, tables: TableRefs, du_ref) -> _Sums:
-    """Adds one direction's part to du."""
-    chunk, n, dtype = g.chunk, tables.gain.shape[-1], u_ref.dtype
-    operators = _operators(tables, r, is_reverse)
-    exponent = _since(_iota((chunk, n), 0), chunk, is_reverse).astype(FLOAT)
-    write_tangent = [(exponent * part.astype(FLOAT)).astype(dtype) for part in operators.write]
+    """Writes the first direction's du, or adds another's to it."""
+    dtype = u_ref.dtype
+    T, V, F, A = _operators(tables, r, is_reverse)
+    V_tangent = (1 - _exponents(V.shape, 0, is_reverse).astype(FLOAT) / g.chunk) * V
+    write, write_tangent = _high_and_low(V, dtype), _high_and_low(V_tangent, dtype)
 
     def body(i, carry):
         state, tangent, sums = carry
         here = g.positions(i, is_reverse)
         u, dy = u_ref[:, here], dy_ref[r, :, here]
-        state_operands, tangent_operands = ([part.astype(dtype) for part in x] for x in (state, tangent))
-        du = _output(operators, dy, state_operands)
+        state_operand, tangent_operand = state.astype(dtype), tangent.astype(dtype)
+        du = _dot(dy, T) + _dot(state_operand, F)
         if r:
             du += du_ref[:, here].astype(FLOAT)
         du_ref[:, here] = du.astype(dtype)
         sums = _Sums(
             sums.toeplitz + _dot(dy, u, (0, 0)),
-            _plus(sums.state, [_dot(u, part, (0, 0)) for part in state_operands]),
-            _plus(sums.tangent, [_dot(u, part, (0, 0)) for part in tangent_operands]),
+            sums.state + _dot(u, state_operand, (0, 0)),
+            sums.tangent + _dot(u, tangent_operand, (0, 0)),
         )
-        tangent = _plus(tangent, [chunk * part for part in state])
-        tangent = _plus(_times(operators.decay, tangent), _written(dy, write_tangent))
-        state = _plus(_times(operators.decay, state), _written(dy, operators.write))
+        tangent = _times(A, tangent + state)
+        state = _times(A, state)
+        for part, part_tangent in zip(write, write_tangent, strict=True):
+            state, tangent = state + _dot(dy, part), tangent + _dot(dy, part_tangent)
         return state, tangent, sums
 
-    state, by_power = ((jnp.zeros((rows, n), FLOAT),) * 2 for rows in (g.rows, chunk))
-    sums = _Sums(jnp.zeros((chunk, chunk), FLOAT), by_power, by_power)
+    state, by_power = (jnp.zeros((rows, V.shape[1]), FLOAT) for rows in (g.rows, g.chunk))
+    sums = _Sums(jnp.zeros(T.shape, FLOAT), by_power, by_power)
     return jax.lax.fori_loop(0, g.num_chunks, body, (state, state, sums))[-1]
 
 
-def _write_gradients(r: int, is_reverse: bool, sums: _Sums, tables: TableRefs, d_toeplitz_ref, d_gain_ref, d_log_ref):
-    """Of T [R, c, c], its columns in order of the lag; of g and of log Lambda_bar, over g, [R, 2, n]."""
-    chunk, n = sums.state[0].shape
+def _write_gradients(r: int, is_reverse: bool, sums: _Sums, tables: TableRefs, d_toeplitz_ref, by_gain_ref, by_log_ref):
+    """Of T [R, c, c], its columns in order of the lag; and products with powers, straight and swapped, [R, 2, W]."""
+    chunk, W = sums.state.shape
     lag = _lags(chunk, is_reverse)
     column = jnp.where(lag < 0, lag + chunk, lag)
     d_toeplitz_ref[r, _iota((chunk, chunk), 0), column] = jnp.where(lag < 0, 0.0, sums.toeplitz)
-    exponent = chunk - _since(_iota((chunk, n), 0), chunk, is_reverse)
-    powers = [tables.powers[r, part, exponent, _iota((chunk, n), 1)].astype(FLOAT) for part in (0, 1)]
-    weighted = [exponent.astype(FLOAT) * part for part in sums.state]
-    for ref, by_power in ((d_gain_ref, sums.state), (d_log_ref, _plus(weighted, sums.tangent))):
-        for part, total in enumerate(_times(powers, by_power)):
-            ref[r, part, :] = jnp.sum(total, 0)
+    exponent, part = _exponents((chunk, W), 0, is_reverse), _iota((chunk, W), 1)
+    weighted = exponent.astype(FLOAT) * sums.state + chunk * sums.tangent
+    for i in (0, 1):
+        powers = tables.powers[r, exponent, part ^ i]
+        by_gain_ref[r, i, :] = jnp.sum(powers * sums.state, 0)
+        by_log_ref[r, i, :] = jnp.sum(powers * weighted, 0)
