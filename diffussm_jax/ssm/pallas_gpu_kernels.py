@@ -148,21 +148,20 @@ def _adjoint(g: Geometry, r: int, is_reverse: bool, u_ref, dy_ref, tables: Table
         state, tangent, sums = carry
         here = g.positions(i, is_reverse)
         u, dy = u_ref[:, here], dy_ref[r, :, here]
-        state_operand, tangent_operand = state.astype(dtype), tangent.astype(dtype)
-        du = _dot(dy, T) + _dot(state_operand, F)
+        states, tangents = _high_and_low(state, dtype), _high_and_low(tangent, dtype)
+        du = _dot(dy, T) + _dot(states[0], F)
         if r:
             du += du_ref[:, here].astype(FLOAT)
         du_ref[:, here] = du.astype(dtype)
         sums = _Sums(
             sums.toeplitz + _dot(dy, u, (0, 0)),
-            sums.state + _dot(u, state_operand, (0, 0)),
-            sums.tangent + _dot(u, tangent_operand, (0, 0)),
+            sum((_dot(u, part, (0, 0)) for part in states), sums.state),
+            sum((_dot(u, part, (0, 0)) for part in tangents), sums.tangent),
         )
         tangent = _times(A, tangent + state)
         state = _times(A, state)
-        for part, part_tangent in zip(write, write_tangent, strict=True):
-            state, tangent = state + _dot(dy, part), tangent + _dot(dy, part_tangent)
-        return state, tangent, sums
+        state = sum((_dot(dy, part) for part in write), state)
+        return state, sum((_dot(dy, part) for part in write_tangent), tangent), sums
 
     state, by_power = (jnp.zeros((rows, V.shape[1]), FLOAT) for rows in (g.rows, g.chunk))
     sums = _Sums(jnp.zeros(T.shape, FLOAT), by_power, by_power)
