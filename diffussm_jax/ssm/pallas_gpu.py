@@ -1,4 +1,41 @@
-"""DOC"""
+"""The SSM by chunks as a Pallas kernel for NVIDIA GPUs, through Triton: products on tensor cores, states in registers.
+
+A program of the kernel takes one channel and a block of sequences, and goes through chunks u_k [rows, c] of c
+positions. With s the state on entering a chunk, A = Lambda_bar**c and the gain g = 2 C B_bar, a forward channel is
+(backward: the same with the positions of a chunk and the chunks in the opposite order)
+
+    y_k = u_k T + Re(s F)       T [c, c]  Toeplitz of the first c taps     F [N/2, c]  g Lambda_bar**(i+1)
+    s   = A s + u_k V                                                      V [c, N/2]  Lambda_bar**(c-1-j)
+
+the split of `chunked` (SSD, arXiv 2405.21060, section 6), with B_bar taken out of what enters the state. XLA makes the
+powers of Lambda_bar and the taps; T, V and F are gathered from them, once for a program.
+
+The gradient needs no states of the forward pass. du is the same operator on dy in the opposite direction; and since
+the gradient of a tap is a sum of products of dy and u, in which both play the same part, the states s of dy that du
+needs give the gradients of the parameters too:
+
+    dT = sum_k dy_k^T u_k,   dF = sum_k u_k^T s,   and by log Lambda_bar   sum_k u_k^T r + (i+1) u_k^T s,
+    r  = A (r + c s) + dy_k V',   V' = (c-1-j) V   the derivative of s by log Lambda_bar.
+
+Residuals are the parameters and u. All sums stay in registers, one partial sum for a block of sequences, so that the
+result is the same in every run. Products take operands in the dtype of u; sums and states are float32. For bfloat16,
+what leads to the gradients of parameters is a sum of two such numbers, and T, F and, forward, V are all that is rounded.
+
+No time was measured: there was no GPU. Compiled for an H100, (B, L, D, N) = (64, 1024, 1152, 64), bfloat16, both
+directions:
+
+                                      forward     backward
+    bytes of operands and results     474 MB      684 MB      read and written once: 453 and 604 MB
+    to that, if the L2 cache misses   151 MB      453 MB      u again; and du written and read
+    tensor cores                      58 GFLOP    213 GFLOP   wgmma; 3 and 11 products of 64 x 64 x 64 a chunk
+    registers, shared memory          128, 48 KiB 255, 104 KiB (about 50 loads and 15 stores spilled a chunk)
+
+XLA adds 250 MB for tables, their gradients and the sums over blocks. Blocks of less than 64 sequences take mma.sync, at
+16 sequences at least; the loop over chunks is serial, so that B D should give each multiprocessor a program.
+
+`pallas_gpu` transposes, 1.8 GB for the shape above; `pallas_gpu_channels_first` does not. Between matrix products XLA
+has these read and write most of that layout in place.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +52,7 @@ from diffussm_jax.ssm.pallas_gpu_kernels import FLOAT, Geometry, TableRefs, back
 from diffussm_jax.ssm.params import SSMParams
 
 CHUNK = {"float32": 32, "bfloat16": 64}
-MAX_ROWS = 64  # of a block
+MAX_ROWS = {"float32": 32, "bfloat16": 64}  # of a block
 
 _MIN_SIZE = 16  # of a side of a matrix on a tensor core
 
@@ -81,19 +118,19 @@ def _apply(directions, u, g: Geometry, discretization: str):
 
 
 def _apply_forward(directions, u, g, discretization):
-    D, B, L = u.shape
+    D, _, L = u.shape
     operands = _operands(*_tables(directions, discretization, g.chunk), u.dtype, u.dtype)
     y = pl.pallas_call(
         functools.partial(forward_kernel, g),
-        grid=(D, g.num_blocks, len(g.reverse)),  # directions innermost: they share the reads of u
+        grid=(len(g.reverse), D, g.num_blocks),  # the first varies fastest: directions share the reads of u
         in_specs=[
-            pl.BlockSpec((None, g.rows, L), lambda d, i, r: (d, i, 0)),
+            pl.BlockSpec((None, g.rows, L), lambda r, d, i: (d, i, 0)),
             *(
-                pl.BlockSpec((1, None, *x.shape[2:]), lambda d, i, r, x=x: (r, d) + (0,) * (x.ndim - 2))
+                pl.BlockSpec((1, None, *x.shape[2:]), lambda r, d, i, x=x: (r, d) + (0,) * (x.ndim - 2))
                 for x in operands
             ),
         ],
-        out_specs=pl.BlockSpec((1, None, g.rows, L), lambda d, i, r: (r, d, i, 0)),
+        out_specs=pl.BlockSpec((1, None, g.rows, L), lambda r, d, i: (r, d, i, 0)),
         out_shape=jax.ShapeDtypeStruct((len(g.reverse), *u.shape), u.dtype),
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
         interpret=g.interpret,
@@ -141,6 +178,52 @@ def _power_of_two(size: int) -> int:
     return max(_MIN_SIZE, 1 << (size - 1).bit_length())
 
 
+def pallas_gpu_channels_first(
+    directions: Sequence[SSMParams],
+    u: jax.Array,
+    *,
+    discretization: str,
+    reverse: tuple[bool, ...],
+    interpret: bool = False,
+    max_rows: int | None = None,
+) -> jax.Array:
+    """`pallas_gpu` in the layout of the kernel, which needs no transposition: u [D, B, L] to y [R * D, B, L].
+
+    Args:
+      directions: R `SSMParams` of D channels.
+      u: [D, B, L] float32 or bfloat16.
+      discretization: "zoh" or "bilinear".
+      reverse: of each direction, whether time runs backwards.
+      interpret: whether to run the kernel as plain JAX, on any machine; slow.
+      max_rows: the most sequences that a program of the kernel goes through together; a power of two, at least 16. By
+        default `MAX_ROWS` of the dtype.
+
+    Returns:
+      y [R * D, B, L] in the dtype of `u`.
+
+    Raises:
+      ValueError: `u` is of another dtype, `max_rows` of another size, or the discretisation unknown.
+    """
+    if u.dtype.name not in CHUNK:
+        raise ValueError(f"u must be {' or '.join(CHUNK)} for the GPU kernel, got {u.dtype}")
+    max_rows = MAX_ROWS[u.dtype.name] if max_rows is None else max_rows
+    if max_rows < _MIN_SIZE or max_rows & (max_rows - 1):
+        raise ValueError(f"max_rows must be a power of two, at least {_MIN_SIZE}, got {max_rows}")
+    D, B, L = u.shape
+    chunk, rows = CHUNK[u.dtype.name], min(max_rows, _power_of_two(B))
+    g = Geometry(
+        reverse=tuple(reverse),
+        chunk=chunk,
+        num_chunks=-(-L // chunk),
+        rows=rows,
+        num_blocks=-(-B // rows),
+        interpret=interpret,
+    )
+    u = jnp.pad(u, ((0, 0), (0, g.num_blocks * rows - B), (0, g.num_chunks * chunk - L)))
+    y = _apply(tuple(directions), u, g, discretization)
+    return y[:, :, :B, :L].reshape(len(reverse) * D, B, L)
+
+
 def pallas_gpu(
     directions: Sequence[SSMParams],
     u: jax.Array,
@@ -148,7 +231,7 @@ def pallas_gpu(
     discretization: str,
     reverse: tuple[bool, ...],
     interpret: bool = False,
-    max_rows: int = MAX_ROWS,
+    max_rows: int | None = None,
 ) -> jax.Array:
     """R SSMs over the same u, each forward or backward, with gradients of u and of the parameters.
 
@@ -160,7 +243,7 @@ def pallas_gpu(
       discretization: "zoh" or "bilinear".
       reverse: of each direction, whether time runs backwards.
       interpret: whether to run the kernel as plain JAX, on any machine; slow.
-      max_rows: the most sequences that a program of the kernel goes through together; a power of two, at least 16.
+      max_rows: as for `pallas_gpu_channels_first`.
 
     Returns:
       y [B, L, R * D] in the dtype of `u`.
@@ -168,21 +251,12 @@ def pallas_gpu(
     Raises:
       ValueError: `u` is of another dtype, `max_rows` of another size, or the discretisation unknown.
     """
-    if u.dtype.name not in CHUNK:
-        raise ValueError(f"u must be {' or '.join(CHUNK)} for the GPU kernel, got {u.dtype}")
-    if max_rows < _MIN_SIZE or max_rows & (max_rows - 1):
-        raise ValueError(f"max_rows must be a power of two, at least {_MIN_SIZE}, got {max_rows}")
-    B, L, D = u.shape
-    chunk = CHUNK[u.dtype.name]
-    rows = min(max_rows, _power_of_two(B))
-    g = Geometry(
-        reverse=tuple(reverse),
-        chunk=chunk,
-        num_chunks=-(-L // chunk),
-        rows=rows,
-        num_blocks=-(-B // rows),
+    y = pallas_gpu_channels_first(
+        directions,
+        u.transpose(2, 0, 1),
+        discretization=discretization,
+        reverse=reverse,
         interpret=interpret,
+        max_rows=max_rows,
     )
-    u = jnp.pad(u, ((0, g.num_blocks * rows - B), (0, g.num_chunks * chunk - L), (0, 0))).transpose(2, 0, 1)
-    y = _apply(tuple(directions), u, g, discretization)
-    return y.transpose(2, 3, 0, 1)[:B, :L].reshape(B, L, len(reverse) * D)
+    return y.transpose(1, 2, 0)

@@ -106,7 +106,7 @@ def _operators(tables: TableRefs, r: int, is_reverse) -> _Operators:
 def forward_kernel(g: Geometry, u_ref, *refs):
     """y [1, rows, L] of one direction from u [rows, L]."""
     *tables, y_ref = refs
-    is_reverse, dtype = g.is_reverse(pl.program_id(2)), u_ref.dtype
+    is_reverse, dtype = g.is_reverse(pl.program_id(0)), u_ref.dtype
     T, V, F, A = _operators(TableRefs(*tables), 0, is_reverse)
 
     def body(i, state):
@@ -148,16 +148,15 @@ def _adjoint(g: Geometry, r: int, is_reverse: bool, u_ref, dy_ref, tables: Table
         state, tangent, sums = carry
         here = g.positions(i, is_reverse)
         u, dy = u_ref[:, here], dy_ref[r, :, here]
-        states, tangents = _high_and_low(state, dtype), _high_and_low(tangent, dtype)
-        du = _dot(dy, T) + _dot(states[0], F)
+        d_toeplitz = sums.toeplitz + _dot(dy, u, (0, 0))
+        operand, *low = _high_and_low(state, dtype)
+        du = _dot(dy, T) + _dot(operand, F)
         if r:
             du += du_ref[:, here].astype(FLOAT)
         du_ref[:, here] = du.astype(dtype)
-        sums = _Sums(
-            sums.toeplitz + _dot(dy, u, (0, 0)),
-            sum((_dot(u, part, (0, 0)) for part in states), sums.state),
-            sum((_dot(u, part, (0, 0)) for part in tangents), sums.tangent),
-        )
+        by_state = sum((_dot(u, part, (0, 0)) for part in low), sums.state + _dot(u, operand, (0, 0)))
+        by_tangent = sum((_dot(u, part, (0, 0)) for part in _high_and_low(tangent, dtype)), sums.tangent)
+        sums = _Sums(d_toeplitz, by_state, by_tangent)
         tangent = _times(A, tangent + state)
         state = _times(A, state)
         state = sum((_dot(dy, part) for part in write), state)
