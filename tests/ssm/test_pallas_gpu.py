@@ -145,10 +145,10 @@ def test_unknown_discretization():
         pallas_gpu(params, u, discretization="euler", reverse=FORWARD, interpret=True)
 
 
-@pytest.mark.parametrize("max_rows", [0, 8, 24])
-def test_blocks_must_be_a_power_of_two(max_rows):
+@pytest.mark.parametrize("max_rows", [8, 24, 128])
+def test_sizes_of_blocks(max_rows):
     params, _, u, _ = _problem(FORWARD, 3, 7, 3, "lin")
-    with pytest.raises(ValueError, match=f"power of two, at least 16, got {max_rows}"):
+    with pytest.raises(ValueError, match=f"max_rows must be one of 16, 32, 64, got {max_rows}"):
         pallas_gpu(params, u, discretization="zoh", reverse=FORWARD, interpret=True, max_rows=max_rows)
 
 
