@@ -52,7 +52,8 @@ from diffussm_jax.ssm.pallas_gpu_kernels import FLOAT, Geometry, TableRefs, back
 from diffussm_jax.ssm.params import SSMParams
 
 CHUNK = {"float32": 32, "bfloat16": 64}
-MAX_ROWS = {"float32": 32, "bfloat16": 64}  # of a block
+MAX_ROWS = {"float32": 32, "bfloat16": 64}  # of a block, of 64 states; fewer of more, for as many registers
+MAX_STATES = 256
 
 _MIN_SIZE = 16  # of a side of a matrix on a tensor core
 _ROWS = (16, 32, 64)
@@ -197,17 +198,22 @@ def pallas_gpu_channels_first(
       reverse: of each direction, whether time runs backwards.
       interpret: whether to run the kernel as plain JAX, on any machine; slow.
       max_rows: the most sequences that a program of the kernel goes through together: 16, 32 or 64. By default
-        `MAX_ROWS` of the dtype.
+        `MAX_ROWS` of the dtype, fewer for N above 64.
 
     Returns:
       y [R * D, B, L] in the dtype of `u`.
 
     Raises:
-      ValueError: `u` is of another dtype, `max_rows` of another size, or the discretisation unknown.
+      ValueError: `u` is of another dtype, `max_rows` of another size, N above 256, or the discretisation unknown.
     """
     if u.dtype.name not in CHUNK:
         raise ValueError(f"u must be {' or '.join(CHUNK)} for the GPU kernel, got {u.dtype}")
-    max_rows = MAX_ROWS[u.dtype.name] if max_rows is None else max_rows
+    N = 2 * directions[0].Lambda.shape[-1]
+    if N > MAX_STATES:
+        raise ValueError(f"the GPU kernel has room for {MAX_STATES} states, got {N}")
+    if max_rows is None:
+        most = MAX_ROWS[u.dtype.name]
+        max_rows = min(most, max(_MIN_SIZE, 64 * most // _power_of_two(N)))
     if max_rows not in _ROWS:
         raise ValueError(f"max_rows must be one of {', '.join(map(str, _ROWS))}, got {max_rows}")
     D, B, L = u.shape
@@ -250,7 +256,7 @@ def pallas_gpu(
       y [B, L, R * D] in the dtype of `u`.
 
     Raises:
-      ValueError: `u` is of another dtype, `max_rows` of another size, or the discretisation unknown.
+      ValueError: `u` is of another dtype, `max_rows` of another size, N above 256, or the discretisation unknown.
     """
     y = pallas_gpu_channels_first(
         directions,

@@ -152,6 +152,12 @@ def test_sizes_of_blocks(max_rows):
         pallas_gpu(params, u, discretization="zoh", reverse=FORWARD, interpret=True, max_rows=max_rows)
 
 
+def test_too_many_states():
+    params = [to_complex(init_s4d(jax.random.key(0), 3, 258))]
+    with pytest.raises(ValueError, match="room for 256 states, got 258"):
+        pallas_gpu(params, jnp.zeros((1, 7, 3)), discretization="zoh", reverse=FORWARD, interpret=True)
+
+
 COMPILE = """
 import sys
 import jax, jax.numpy as jnp
