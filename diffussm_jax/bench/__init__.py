@@ -1,0 +1,39 @@
+"""Measures speed on this machine, or counts for a chip that one does not have; `python -m diffussm_jax.bench WHAT`.
+
+    ssm     the methods of the SSM side by side, forward and with all gradients (`bench_ssm`); --aot=v5e compiles
+            them for a chip and counts bytes and operations (`bench_aot`)
+    block   one block of the model, with its SSM and without (`bench_block`)
+    step    a whole training step (`bench_step`)
+    sample  sampling (`bench_sample`)
+    loader  the reading of latents (`bench_loader`)
+    vae     the autoencoder (`bench_vae`)
+
+docs/bench.md explains each figure.
+"""
+
+from diffussm_jax.bench.aot import bench_aot, one_chip
+from diffussm_jax.bench.block import bench_block
+from diffussm_jax.bench.configs import bench_configs
+from diffussm_jax.bench.loader import bench_loader
+from diffussm_jax.bench.sample import bench_sample
+from diffussm_jax.bench.ssm import bench_ssm, parse_shape, plot
+from diffussm_jax.bench.step import bench_step
+from diffussm_jax.bench.table import write_table
+from diffussm_jax.bench.vae import bench_vae
+from diffussm_jax.bench.yardsticks import fft_naive
+
+__all__ = [
+    "bench_aot",
+    "bench_block",
+    "bench_configs",
+    "bench_loader",
+    "bench_sample",
+    "bench_ssm",
+    "bench_step",
+    "bench_vae",
+    "fft_naive",
+    "one_chip",
+    "parse_shape",
+    "plot",
+    "write_table",
+]

@@ -1,0 +1,145 @@
+"""The command line of the benchmarks; docs/bench.md explains each figure.
+
+python -m diffussm_jax.bench ssm
+python -m diffussm_jax.bench ssm --shapes=4x1024x384x64,2x4096x384x64 --methods=fft_naive,fft,chunked --repeats=9
+python -m diffussm_jax.bench ssm --csv=ssm.csv --plot=ssm.png --dtype=bfloat16
+python -m diffussm_jax.bench ssm --write_table
+python -m diffussm_jax.bench ssm --aot=v5e
+python -m diffussm_jax.bench block --sizes=S,XL --image_sizes=256
+python -m diffussm_jax.bench step --sizes=XL --image_sizes=256,512 --batch_size=64 --set=model.remat=dots
+python -m diffussm_jax.bench sample --config=configs/digits.py --batch_size=64 --sampler=ddim --steps=50
+python -m diffussm_jax.bench loader --data=latents/imagenet256
+python -m diffussm_jax.bench vae --image_sizes=256,512,1024
+"""
+
+import functools
+
+from absl import flags
+
+from diffussm_jax import cli
+from diffussm_jax.bench import aot, block, sample, ssm, step, table
+from diffussm_jax.bench.configs import IMAGE_SIZES, bench_configs, parse_changes, print_rows
+from diffussm_jax.bench.loader import bench_loader
+from diffussm_jax.bench.measure import machine_name, write_csv
+from diffussm_jax.bench.vae import print_vae
+from diffussm_jax.config import CHOICES
+
+_FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
+_SHAPES = flags.DEFINE_list(
+    "shapes", None, "ssm: shapes B x L x D x N, with x between; by default L from 256 to 65536.", flag_values=_FLAGS
+)
+_METHODS = flags.DEFINE_list(
+    "methods", None, "ssm: methods to time; ratios are to the first. By default all that run here.", flag_values=_FLAGS
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Timed repetitions, after one that is not.", lower_bound=1, flag_values=_FLAGS
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "ssm, vae: float32, for --aot bfloat16 by default.", flag_values=_FLAGS
+)
+_AOT = flags.DEFINE_string("aot", None, "ssm: a chip to compile for, not run: v5e, v6e-1, h100.", flag_values=_FLAGS)
+_PLOT = flags.DEFINE_string("plot", None, "ssm: a PNG of time against L.", flag_values=_FLAGS)
+_WRITE_TABLE = flags.DEFINE_flag(
+    flags.Flag(
+        flags.ArgumentParser(),
+        flags.ArgumentSerializer(),
+        "write_table",
+        None,
+        'ssm: writes the table from which "auto" chooses, to FILE or into the package.',
+        boolean=True,  # so that it may stand alone; the value is then "true"
+    ),
+    flag_values=_FLAGS,
+)
+_SIZES = flags.DEFINE_list(
+    "sizes", ["S", "L", "XL"], "block, step, sample: S, L, XL or widths.", short_name="size", flag_values=_FLAGS
+)
+_IMAGE_SIZES = flags.DEFINE_list("image_sizes", None, "block, step, sample, vae: pixels.", flag_values=_FLAGS)
+_CONFIG = flags.DEFINE_string(
+    "config", None, "block, step, sample: a file of configs/ in place of sizes.", flag_values=_FLAGS
+)
+_SET = flags.DEFINE_list(
+    "set", [], "block, step, sample: values of the config, model.depth=2,model.remat=dots.", flag_values=_FLAGS
+)
+_SAMPLER = flags.DEFINE_enum("sampler", None, CHOICES["sampling.sampler"], "sample: the sampler.", flag_values=_FLAGS)
+_STEPS = flags.DEFINE_integer("steps", None, "sample: its steps.", lower_bound=1, flag_values=_FLAGS)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "block, step, sample, loader: images at a time.", lower_bound=1, flag_values=_FLAGS
+)
+_DATA = flags.DEFINE_string("data", None, "loader: a folder of latents.", flag_values=_FLAGS)
+_SPLIT = flags.DEFINE_string("split", "train", "loader: its split.", flag_values=_FLAGS)
+_NUM_THREADS = flags.DEFINE_integer("num_threads", 4, "loader: threads.", lower_bound=1, flag_values=_FLAGS)
+_CSV = flags.DEFINE_string("csv", None, "A file to write the figures to, too.", flag_values=_FLAGS)
+
+
+def _ssm() -> list[dict]:
+    shapes = [ssm.parse_shape(text) for text in _SHAPES.value] if _SHAPES.value else None
+    if _AOT.value is not None:
+        dtype = _DTYPE.value or aot.DEFAULT_DTYPE
+        methods = _METHODS.value or ssm.default_methods()
+        return aot.print_aot(_AOT.value, shapes or [aot.DEFAULT_SHAPE], methods, dtype=dtype)
+    is_for_table = _WRITE_TABLE.value not in (None, "false")
+    cli.keep_freed_memory()
+    rows = ssm.print_ssm(
+        shapes or (table.table_shapes() if is_for_table else ssm.default_shapes()),
+        _METHODS.value or (table.table_methods() if is_for_table else ssm.default_methods()),
+        dtype=_DTYPE.value or "float32",
+        repeats=_REPEATS.value,
+    )
+    if is_for_table:
+        path = table.TABLE if _WRITE_TABLE.value == "true" else _WRITE_TABLE.value
+        print(f"wrote {table.write_table(rows, path)} rows to {path}")
+    if _PLOT.value:
+        ssm.plot(rows, _PLOT.value)
+    return rows
+
+
+def _image_sizes(default: tuple[int, ...]) -> list[int]:
+    texts = _IMAGE_SIZES.value or [str(size) for size in default]
+    if not all(text.isdecimal() and int(text) for text in texts):
+        raise ValueError(f"--image_sizes are pixels, such as 256,512; got {','.join(texts)}")
+    return [int(text) for text in texts]
+
+
+def _of_configs(module, bench) -> list[dict]:
+    """Rows of a benchmark that takes a config."""
+    changes = parse_changes(_SET.value)
+    if _SAMPLER.value:
+        changes["sampling.sampler"] = _SAMPLER.value
+    if _STEPS.value:
+        changes["sampling.num_steps"] = _STEPS.value
+    sizes = {"file": _CONFIG.value, "changes": changes, "batch_size": _BATCH_SIZE.value}
+    configs = list(bench_configs(_SIZES.value, _image_sizes(IMAGE_SIZES), **sizes))
+    cli.keep_freed_memory()
+    print(f"{machine_name()}; medians of {_REPEATS.value}")
+    return print_rows(configs, functools.partial(bench, repeats=_REPEATS.value), module.COLUMNS)
+
+
+def main(what: str) -> int:
+    """Prints the figures; returns the exit code."""
+    rows: list[dict] = []
+    if what == "ssm":
+        rows = _ssm()
+    elif what == "block":
+        rows = _of_configs(block, block.bench_block)
+    elif what == "step":
+        print("MFU: 3 * 2 * multiply-adds of the forward's linear layers * images/s / peak bfloat16; the SSM excluded")
+        rows = _of_configs(step, step.bench_step)
+    elif what == "sample":
+        rows = _of_configs(sample, sample.bench_sample)
+    elif what == "loader":
+        if _DATA.value is None:
+            raise ValueError("the loader's benchmark needs --data=FOLDER, a folder of latents")
+        options = {"batch_size": _BATCH_SIZE.value or 256, "num_threads": _NUM_THREADS.value}
+        print(f"{bench_loader(_DATA.value, _SPLIT.value, **options):.0f} records/s")
+    elif what == "vae":
+        cli.keep_freed_memory()
+        print_vae(_image_sizes((256, 512)), dtype=_DTYPE.value or "float32", repeats=_REPEATS.value)
+    else:
+        raise ValueError(f"unknown benchmark {what!r}; choose ssm, block, step, sample, loader or vae")
+    if _CSV.value and rows:
+        write_csv(_CSV.value, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, _FLAGS, num_arguments=1)

@@ -1,0 +1,192 @@
+"""`bench ssm --aot=v5e`: each method compiled for a chip that one does not have, and what its program costs.
+
+Bytes are those that XLA counts in the compiled program, and what `counts` counts of Pallas calls; beside them the time
+that they take at the chip's published bandwidth. XLA's `flops` mix the matrix and the vector unit, so no time follows
+from them; matrix and vector operations of Pallas calls are counted apart, each with the time at the unit's rate. A
+figure of bytes is a floor and no measurement: XLA counts the body of a loop once, and nobody ran the program.
+
+The vector rate is an estimate: a TensorCore computes on registers of 8 x 128 numbers, with 2 such operations a cycle on
+v4 and 4 on v5 (jax-ml.github.io/scaling-book/tpus, appendix C), in whole registers. The clock follows from the peak of
+the 4 matrix units of 128 x 128: 197e12 / (4 * 2 * 128**2) = 1.5 GHz on v5e. Real kernels also wait for loads, for the
+matrix unit's results and for rolls between lanes, which have a unit of their own.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from diffussm_jax.bench.counts import TPU_REGISTER, pallas_counts
+from diffussm_jax.bench.ssm import PASSES, Shape, check_methods, ssm_arguments, ssm_functions
+from diffussm_jax.bench.yardsticks import TORCH_METHODS
+from diffussm_jax.parallel.topology import CHIPS, Chip, Machine, compile_only_devices, parse_machine
+
+DEFAULT_SHAPE = (16, 1024, 1152, 64)
+DEFAULT_DTYPE = "bfloat16"
+# What a method is held to at the default shape, on v5e: bytes of both passes, seconds of compilation each, and the
+# vector operations' time over that of the forward pass's bytes.
+BARS = {"forward": 0.6e9, "gradient": 2e9}
+MAX_COMPILE_SECONDS = 30
+MAX_VECTOR_RATIO = 3
+_VECTOR_OPS_A_CYCLE = {"v4": 2, "v5e": 4, "v5p": 4}  # of whole registers, for each core
+_MATRIX_FLOPS_A_CYCLE = 4 * 2 * 128**2  # of each core of those chips
+
+
+def one_chip(name: str) -> Machine:
+    """The machine of a name, which may be that of a chip alone; ValueError if it is not one device or is not known."""
+    chip = CHIPS.get(name.lower())
+    if chip and chip.platform == "tpu":
+        machine = Machine(name=name, chip=chip, shape=(1,) * chip.num_axes)
+    else:
+        machine = parse_machine(name)
+    if machine.num_chips != 1:
+        raise ValueError(f"--aot compiles for one chip, such as v5e, v6e or h100; got {name!r}")
+    return machine
+
+
+def vector_rate(chip: Chip) -> float | None:
+    """Operations a second of the vector unit, by element; None where its width is not public."""
+    if chip.name not in _VECTOR_OPS_A_CYCLE:
+        return None
+    cycles = chip.peak_flops / _MATRIX_FLOPS_A_CYCLE  # a second, of all cores together
+    return cycles * _VECTOR_OPS_A_CYCLE[chip.name] * math.prod(TPU_REGISTER)
+
+
+def floor_bytes(shape: Shape, dtype: str) -> dict[str, int]:
+    """The least that each pass moves: u read and Y written; with gradients u and dY read and du written too."""
+    B, L, D, _ = shape
+    array = B * L * D * jnp.dtype(dtype).itemsize
+    return {"forward": 3 * array, "gradient": 7 * array}
+
+
+def bench_aot(
+    machine: Machine, shape: Shape, methods: Sequence[str], *, dtype: str = DEFAULT_DTYPE
+) -> list[dict[str, str | int | float | None]]:
+    """Compiles methods for a chip, and counts.
+
+    Args:
+      machine: `one_chip`.
+      shape: B, L, D, N.
+      methods: as for `bench_ssm`, without PyTorch's.
+      dtype: of u and y.
+
+    Returns:
+      Two rows a method, the forward pass and forward with all gradients: machine, dtype, B, L, D, N, method, pass,
+      compile_s; xla_gb, pallas_gb, gb and bytes_ms; xla_gflop (matrix and vector together); of Pallas calls
+      matrix_gflop (passes counted), matrix_ms, vector_gop and vector_ms; memory_mb; loops, in XLA's program, whose
+      bodies are counted once. A time is None where a rate is not known. left_out says why a method did not compile.
+
+    Raises:
+      ValueError: a method is unknown, or the compiler for the machine is not installed.
+    """
+    check_methods(methods)
+    device = compile_only_devices(machine)[0]
+    abstract = jax.eval_shape(lambda: ssm_arguments(shape, dtype))
+    sharding = SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+    rows = []
+    for name in methods:
+        for which, function, of in zip(PASSES, ssm_functions(name), (arguments[:3], arguments), strict=True):
+            row = {"machine": machine.chip.name, "dtype": dtype} | dict(zip("BLDN", shape, strict=True))
+            row |= {"method": name, "pass": which}
+            try:
+                rows.append(row | _compiled_figures(function, of, machine.chip) | {"left_out": ""})
+            except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+                rows.append(row | dict.fromkeys(_FIGURES) | {"left_out": str(error).splitlines()[0]})
+    return rows
+
+
+_FIGURES = (
+    *("compile_s", "xla_gb", "pallas_gb", "gb", "bytes_ms", "xla_gflop"),
+    *("matrix_gflop", "matrix_ms", "vector_gop", "vector_ms", "memory_mb", "loops"),
+)
+
+
+def _compiled_figures(function, arguments, chip: Chip) -> dict[str, float | int | None]:
+    traced = jax.jit(function).trace(*arguments)
+    pallas = pallas_counts(traced.jaxpr, TPU_REGISTER if chip.platform == "tpu" else (1, 1))
+    lowered = traced.lower()
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    compile_s = time.perf_counter() - start
+    costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    xla_bytes = costs.get("bytes accessed", 0) - pallas.stated_bytes
+    rate = vector_rate(chip)
+    figures = (
+        *(compile_s, xla_bytes / 1e9, pallas.bytes / 1e9, (xla_bytes + pallas.bytes) / 1e9),
+        1e3 * (xla_bytes + pallas.bytes) / chip.memory_bandwidth,
+        (costs.get("flops", 0) - pallas.stated_flops) / 1e9,
+        *(pallas.matrix_ops / 1e9, 1e3 * pallas.matrix_ops / chip.peak_flops),
+        *(pallas.vector_ops / 1e9, 1e3 * pallas.vector_ops / rate if rate else None),
+        *(memory.peak_memory_in_bytes / 1e6, compiled.as_text().count(" while(")),
+    )
+    return dict(zip(_FIGURES, figures, strict=True))
+
+
+def print_aot(name: str, shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str) -> list[dict]:
+    """Prints the figures of `bench_aot`, and at the shape and chip of `BARS` who passes; returns the rows."""
+    jax.config.update("jax_platforms", "cpu")  # this computer's accelerator, if it has one, stays free
+    machine, rows = one_chip(name), []
+    chip, rate = machine.chip, vector_rate(machine.chip)
+    methods = [method for method in methods if method not in TORCH_METHODS]
+    print(
+        f"compiled for 1 {chip.device_kinds[0]}, not run: {chip.memory_bandwidth / 1e9:.0f} GB/s, "
+        f"{chip.peak_flops / 1e12:.0f} TFLOP/s bfloat16, vector unit "
+        + (f"about {rate / 1e12:.1f} Top/s (estimate)" if rate else "of unknown rate")
+    )
+    for shape in shapes:
+        floor = floor_bytes(shape, dtype)
+        print(
+            f"\n{'x'.join(map(str, shape))} {dtype}, bidirectional; the least to move: forward "
+            f"{floor['forward'] / 1e9:.2f} GB, forward + all gradients {floor['gradient'] / 1e9:.2f} GB\n"
+            f"{'method':>12} {'pass':>9} {'compiled':>9} {'XLA, GB':>8} {'Pallas':>7} {'all, GB':>8} {'ms':>7} "
+            f"{'memory':>9} {'XLA GFLOP':>10} {'matrix, G':>10} {'ms':>6} {'vector, G':>10} {'ms':>6}"
+        )
+        for method in methods:
+            found = bench_aot(machine, shape, [method], dtype=dtype)
+            for row in found:
+                print(_line(row), flush=True)
+            rows += found
+            if shape == DEFAULT_SHAPE and dtype == DEFAULT_DTYPE and chip.name == "v5e":
+                print(f"{'':>12} {verdict(found)}", flush=True)
+    if any(row["loops"] for row in rows):
+        print("* XLA counts the bodies of the program's loops once: bytes and FLOPs are more than that.")
+    return rows
+
+
+def _line(row: dict) -> str:
+    line = f"{row['method']:>12} {row['pass']:>9} "
+    if row["left_out"]:
+        return f"{line}left out: {row['left_out']}"
+    line += (
+        f"{row['compile_s']:7.1f} s {row['xla_gb']:8.3f} {row['pallas_gb']:7.3f} {row['gb']:8.3f} "
+        f"{row['bytes_ms']:7.2f} {row['memory_mb']:6.0f} MB {row['xla_gflop']:10.1f}{'*' if row['loops'] else ' '}"
+    )
+    if not row["pallas_gb"]:
+        return line
+    vector_ms = "" if row["vector_ms"] is None else f"{row['vector_ms']:6.2f}"
+    return f"{line}{row['matrix_gflop']:10.1f} {row['matrix_ms']:6.2f} {row['vector_gop']:10.2f} {vector_ms:>6}"
+
+
+def verdict(rows: Sequence[dict]) -> str:
+    """Which of the bars the two rows of a method reach, in a line."""
+    parts = []
+    for row in rows:
+        if row["left_out"]:
+            return "bars: not compiled"
+        limit = BARS[row["pass"]] / 1e9
+        parts.append(f"{row['pass']} {row['gb']:.2f} GB of {limit:g}: {_yes(row['gb'] <= limit)}")
+        if row["pallas_gb"] and row["vector_ms"] is not None and row["pass"] == "forward":
+            most = MAX_VECTOR_RATIO * 1e3 * BARS["forward"] / CHIPS["v5e"].memory_bandwidth
+            is_reached = row["vector_ms"] <= most
+            parts.append(f"its vector operations {row['vector_ms']:.2f} ms of {most:.2f}: {_yes(is_reached)}")
+    slowest = max(row["compile_s"] for row in rows)
+    parts.append(f"compiled in {slowest:.0f} s of {MAX_COMPILE_SECONDS}: {_yes(slowest <= MAX_COMPILE_SECONDS)}")
+    return "bars: " + "; ".join(parts)
+
+
+def _yes(is_reached: bool) -> str:
+    return "yes" if is_reached else "no"

@@ -1,0 +1,87 @@
+"""`bench block`: one DiffuSSM block, forward, and forward with all gradients, with its SSM and without.
+
+Without means that Y, [B, L, R, D], is U for each of the R directions, broadcast: what surrounds the SSM stays as it is.
+The SSM's share is what the time shrinks by.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffussm_jax.bench.measure import compile_program, median_seconds, memory_limit
+from diffussm_jax.build import build_model, input_shape
+from diffussm_jax.models.diffussm import Block
+from diffussm_jax.plan import DoesNotFitError
+
+COLUMNS = {
+    **{name: ".1f" for name in ("forward_ms", "gradient_ms", "forward_without_ssm_ms", "gradient_without_ssm_ms")},
+    **{"forward_ssm_share": ".1%", "gradient_ssm_share": ".1%", "gradient_mb": ".0f"},
+}
+
+
+def _without_ssm(next_function, args, kwargs, context):
+    """Intercepts calls of modules: the mixer gives its input for each direction."""
+    if context.module.name == "ssm" and context.method_name == "__call__":
+        (u,) = args
+        return jnp.broadcast_to(u[:, :, None], (*u.shape[:2], 2 if context.module.bidirectional else 1, u.shape[2]))
+    return next_function(*args, **kwargs)
+
+
+def _functions(block: nn.Module, has_ssm: bool):
+    def forward_pass(params, x, c):
+        if has_ssm:
+            return block.apply({"params": params}, x, c)[0]
+        with nn.intercept_methods(_without_ssm):
+            return block.apply({"params": params}, x, c)[0]
+
+    def with_gradients(params, x, c, d_x):
+        y, pull_back = jax.vjp(forward_pass, params, x, c)
+        return y, pull_back(d_x)
+
+    return forward_pass, with_gradients
+
+
+def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
+    """Times one block of a config's model on one device, at the config's batch and resolution.
+
+    Args:
+      config: as for a run; nothing is recomputed, whatever `config.model.remat` says.
+      repeats: timed repetitions, in turns.
+
+    Returns:
+      forward_ms and gradient_ms (forward with the gradients of x, c and all parameters), the same as
+      .._without_ssm_ms, .._ssm_share, and .._mb, the memory that XLA plans.
+
+    Raises:
+      DoesNotFitError: a program needs more memory than there is.
+    """
+    model = build_model(config)
+    mixer = {name: getattr(model, name) for name in ("state_size", "bidirectional", "discretization", "initialization")}
+    block = Block(model.hourglass_ratio, mixer | {"method": model.ssm_method}, model.dtype)
+    H, W, _ = input_shape(config)
+    B, J, D = config.batch_size, H * W // model.hourglass_ratio, model.width
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+    x, d_x = (jax.random.normal(key, (B, J, D)).astype(model.dtype) for key in keys[:2])
+    c = jax.random.normal(keys[2], (B, D)).astype(model.dtype)
+    params = jax.jit(block.init)(keys[3], x[:1, :4], c[:1])["params"]
+    programs, memory = {}, {}
+    for has_ssm in (True, False):
+        pairs = zip(("forward", "gradient"), _functions(block, has_ssm), ((), (d_x,)), strict=True)
+        for which, function, rest in pairs:
+            key = f"{which}_ms" if has_ssm else f"{which}_without_ssm_ms"
+            compiled, costs = compile_program(function, params, x, c, *rest)
+            if costs.memory_bytes > memory_limit():
+                needed, available = costs.memory_bytes / 1e9, memory_limit() / 1e9
+                raise DoesNotFitError(f"the block needs {needed:.1f} GB, there are {available:.1f}")
+            programs[key] = functools.partial(compiled, params, x, c, *rest)
+            if has_ssm:
+                memory[f"{which}_mb"] = costs.memory_bytes / 1e6
+    times = {key: 1e3 * time for key, time in median_seconds(programs, repeats).items()}
+    shares = {
+        f"{which}_ssm_share": 1 - times[f"{which}_without_ssm_ms"] / times[f"{which}_ms"]
+        for which in ("forward", "gradient")
+    }
+    return times | shares | memory
