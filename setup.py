@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["diffussm_jax", "diffussm_jax.*"]),
-    package_data={"diffussm_jax.ssm": ["auto_table.csv"]},
+    package_data={"diffussm_jax.ssm": ["*.csv"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -54,6 +54,8 @@ setup(
             *("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-runtime-cu12"),
             *("nvidia-cuda-cupti-cu12", "nvidia-nvjitlink-cu12"),
         ],
+        # The plot of `diffussm_jax.bench ssm --plot`.
+        "bench": ["matplotlib"],
         # Weights & Biases, --wandb_project.
         "wandb": ["wandb"],
         # What the notebooks of colabs/ need beside Jupyter.

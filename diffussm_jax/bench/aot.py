@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from diffussm_jax.bench.counts import TPU_REGISTER, pallas_counts
-from diffussm_jax.bench.ssm import PASSES, Shape, check_methods, ssm_arguments, ssm_functions
+from diffussm_jax.bench.ssm import PASSES, Shape, check_methods, first_line, ssm_arguments, ssm_functions
 from diffussm_jax.bench.yardsticks import TORCH_METHODS
 from diffussm_jax.parallel.topology import CHIPS, Chip, Machine, compile_only_devices, parse_machine
 
@@ -94,8 +94,8 @@ def bench_aot(
             row |= {"method": name, "pass": which}
             try:
                 rows.append(row | _compiled_figures(function, of, machine.chip) | {"left_out": ""})
-            except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-                rows.append(row | dict.fromkeys(_FIGURES) | {"left_out": str(error).splitlines()[0]})
+            except Exception as error:  # each compiler refuses what it cannot do with errors of its own
+                rows.append(row | dict.fromkeys(_FIGURES) | {"left_out": first_line(error)})
     return rows
 
 

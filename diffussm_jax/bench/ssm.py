@@ -110,6 +110,11 @@ def _too_much(num_bytes: int) -> str:
     return f"needs {num_bytes / 1e9:.1f} GB, more than {memory_limit() / 1e9:.1f}"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _prepare(name: str, shape: Shape, arguments: tuple) -> tuple[tuple[Callable, Callable], tuple[Costs | None, ...]]:
     """Both programs of a method without arguments, and their costs; ValueError if it cannot run."""
     reason = left_out(name, shape)
@@ -121,8 +126,8 @@ def _prepare(name: str, shape: Shape, arguments: tuple) -> tuple[tuple[Callable,
     for function, of in zip(ssm_functions(name), (arguments[:3], arguments), strict=True):
         try:
             compiled, cost = compile_program(function, *of)
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            raise ValueError(str(error).splitlines()[0]) from error
+        except Exception as error:  # each compiler refuses what it cannot do with errors of its own
+            raise ValueError(first_line(error)) from error
         if _too_much(cost.memory_bytes):
             raise ValueError(_too_much(cost.memory_bytes))
         programs.append(functools.partial(compiled, *of))

@@ -19,7 +19,7 @@ def numbers(tensors):
 
 @pytest.mark.parametrize("method", TORCH_METHODS)
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((2, 50, 3, 8), "float32"), ((1, 1, 2, 4), "float32"), ((1, 64, 3, 8), "bfloat16")]
+    ("shape", "dtype"), [((2, 50, 3, 8), "float32"), ((1, 81, 5, 16), "float32"), ((1, 64, 3, 8), "bfloat16")]
 )
 def test_parity_of_values_and_gradients(method, shape, dtype):
     arguments = ssm_arguments(shape, dtype)
@@ -33,7 +33,7 @@ def test_parity_of_values_and_gradients(method, shape, dtype):
         du,
     ]
     errors = [relative_error(a, np.asarray(e.astype(jnp.float32))) for a, e in zip(actual, expected, strict=True)]
-    assert max(errors) < (1e-4 if dtype == "float32" else 1e-2), errors
+    assert max(errors) < (1e-5 if dtype == "float32" else 1e-2), errors
     np.testing.assert_array_equal(numbers([forward_pass()])[0], actual[0])
 
 
