@@ -271,6 +271,9 @@ def plot(rows: Sequence[dict], path: str) -> None:
             axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=label)
     size = "".join(f", B = {B}, D = {D}, N = {N}" for B, D, N in sizes) if len(sizes) == 1 else ""
     axes.set(xlabel="L", ylabel="ms, forward + all gradients", title=f"{rows[0]['device']}, {rows[0]['dtype']}{size}")
-    axes.grid(which="both", alpha=0.3)
+    lengths = sorted({row["L"] for row in rows})
+    axes.set_xticks(lengths, [str(L) for L in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
