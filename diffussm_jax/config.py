@@ -24,6 +24,7 @@ DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model.name": ("diffussm",),
+        "model.scan": ("raster", "2d"),
         "model.discretization": ("zoh", "bilinear"),
         "model.initialization": ("legs", "lin", "inv"),
         "model.ssm_method": ("auto", "recurrent", "associative", "fft", "chunked", "pallas"),
@@ -115,6 +116,7 @@ def default_config() -> ConfigDict:
     config.model.hourglass_ratio = 2
     config.model.has_position_embedding = True
     config.model.state_size = 64
+    config.model.scan = "raster"  # the paper's; "2d": the SSMs run over the columns too
     config.model.bidirectional = True
     config.model.discretization = "zoh"
     config.model.initialization = "lin"

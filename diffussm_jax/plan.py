@@ -232,7 +232,8 @@ def ssm_multiply_adds(config: ConfigDict, platform: str) -> int | None:
         a_channel = (1 + R) * 5 / 4 * n * math.log2(n) + 3 * R * (n // 2 + 1)
     else:
         return None
-    return round(model.depth * model.width * a_channel)
+    scans = 2 if model.scan == "2d" else 1
+    return round(model.depth * model.width * scans * a_channel)
 
 
 def smaller_changes(config: ConfigDict, num_devices: int) -> Iterator[dict[str, object]]:

@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import runs
 
 from diffussm_jax import config as config_lib
 from diffussm_jax import diffusion, ssm
 from diffussm_jax.build import build_experiment, from_plain, to_plain
 from diffussm_jax.config import default_config, load_config, paper_config, validate
 from diffussm_jax.models import diffussm
+from diffussm_jax.sample import sample
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -21,6 +24,7 @@ def test_choices_are_those_of_the_code():
     assert set(config_lib.CHOICES["model.ssm_method"]) == set(ssm.METHODS)
     assert set(config_lib.CHOICES["model.discretization"]) == set(ssm.DISCRETIZATIONS)
     assert set(config_lib.CHOICES["model.initialization"]) == set(ssm.INITIALIZATIONS)
+    assert set(config_lib.CHOICES["model.scan"]) == set(diffussm.SCANS)
     assert set(config_lib.CHOICES["model.remat"]) == set(diffussm.REMAT_POLICIES)
     assert set(config_lib.CHOICES["diffusion.schedule"]) == set(diffusion.SCHEDULES)
     assert set(config_lib.CHOICES["sampling.sampler"]) == set(diffusion.SAMPLERS)
@@ -49,6 +53,7 @@ def test_the_papers_configs_come_in_sizes(size, width, depth):
     [
         ("model.name", "dit2", "config.model.name is 'dit2'; choose one of diffussm"),
         ("model.ssm_method", "fftt", "'fftt'; choose one of auto, recurrent, associative, fft, chunked, pallas"),
+        ("model.scan", "3d", "config.model.scan is '3d'; choose one of raster, 2d"),
         ("model.depth", 0, "config.model.depth must be a whole number of at least 1, got 0"),
         ("model.hourglass_ratio", 3, r"M = 3 must divide the latent's width 8 \(so that L = 64"),
         ("model.width", 18, "config.model.width must be a multiple of 4.*got 18"),
@@ -126,3 +131,9 @@ def test_the_command_line_refuses_what_is_wrong(arguments, message, tmp_path):
     assert result.returncode != 0
     assert re.search(message, result.stdout + result.stderr), result.stdout + result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_2d_scan_from_the_command_line_trains_and_samples(tmp_path):
+    flags = ("--config.model.scan=2d", "--config.num_steps=3", "--config.sampling.num_steps=2")
+    assert np.isfinite(runs.run(tmp_path, *runs.DIGITS, *runs.QUIET, *flags)).all()
+    assert sample(tmp_path / "run", num_samples=2)[0].shape == (2, 8, 8, 1)

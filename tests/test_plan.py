@@ -95,9 +95,9 @@ def test_a_step_is_three_forward_passes_and_what_is_recomputed(remat):
     assert an_image(gradient, params) == expected
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_matrix_products_of_the_chunked_ssm_are_counted_exactly(bidirectional):
-    config = small_config("chunked", bidirectional=bidirectional)
+@pytest.mark.parametrize("bidirectional,scan", [(True, "raster"), (False, "raster"), (True, "2d")])
+def test_matrix_products_of_the_chunked_ssm_are_counted_exactly(bidirectional, scan):
+    config = small_config("chunked", bidirectional=bidirectional, scan=scan)
     forward, _, params = forward_and_gradient(config)
     linear = build_model(config).multiply_adds(*input_shape(config))["total"]
     assert an_image(forward, params) - linear == plan_lib.ssm_multiply_adds(config, "cpu")

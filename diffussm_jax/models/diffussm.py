@@ -12,6 +12,9 @@ I = adaLN(x, c), with sigma the tanh form of GELU:
 
 The paper is silent on some choices, which are ours: tanh GELU (after BiGS, arXiv 2212.10544), W3 and the modulation
 starting at zero, the fixed position embedding, S4D-Lin at initialisation, and the depths of S and L.
+
+With scan = "2d", which is ours too, each S4D above is the sum of two, one along the rows of the latent and one along
+its columns (`models.mixers`); the linear layers stay as they are.
 """
 
 from collections.abc import Mapping
@@ -35,6 +38,7 @@ from diffussm_jax.models.mixers import S4D
 from diffussm_jax.parallel.sharding import split_channels, whole_channels
 from diffussm_jax.ssm import DEFAULT_METHOD
 
+SCANS = ("raster", "2d")
 # What the backward pass finds stored of each block beside its input; it computes the rest again.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -103,6 +107,7 @@ class DiffuSSM(nn.Module):
       hourglass_ratio: M; divides W.
       has_position_embedding: whether to add a fixed 2-D sin-cos embedding.
       state_size: N of the SSMs.
+      scan: "raster", the SSMs run over the flattened latent; or "2d", as many again run over it column by column.
       bidirectional: whether the SSMs run in both directions.
       discretization: "zoh" or "bilinear".
       initialization: "legs", "lin" or "inv".
@@ -121,6 +126,7 @@ class DiffuSSM(nn.Module):
     hourglass_ratio: int = 2
     has_position_embedding: bool = True
     state_size: int = 64
+    scan: str = "raster"
     bidirectional: bool = True
     discretization: str = "zoh"
     initialization: str = "lin"
@@ -140,6 +146,8 @@ class DiffuSSM(nn.Module):
             raise ValueError(f"hourglass_ratio M must divide 2D, got M = {M} and D = {self.width}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"unknown remat {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+        if self.scan not in SCANS:
+            raise ValueError(f"unknown scan {self.scan!r}; choose one of {', '.join(SCANS)}")
         if (y is None) != (self.num_classes == 0):
             raise ValueError(
                 f"a model of {self.num_classes} classes was called {'without' if y is None else 'with'} labels"
@@ -173,14 +181,14 @@ class DiffuSSM(nn.Module):
         if y is not None:
             label_embed = LabelEmbed(self.num_classes, self.width, self.label_dropout, self.dtype, name="label_embed")
             c = c + label_embed(y, train=train)
-        x = self._blocks()(whole_channels(x), c)[0]
+        x = self._blocks(H, W)(whole_channels(x), c)[0]
         x = AdaLayerNorm(self.dtype, name="final_norm")(x, c)
         # The last layer is small and its output meets float32 losses: it stays in float32.
         options = {"kernel_init": nn.initializers.zeros, "name": "final"}
         x = Linear("bjd,dc->bjc", (self.width, M * 2 * C), jnp.float32, **options)(x)
         return x.reshape(B, H, W, 2 * C)
 
-    def _blocks(self) -> nn.Module:
+    def _blocks(self, height: int, width: int) -> nn.Module:
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
@@ -194,6 +202,7 @@ class DiffuSSM(nn.Module):
         )
         mixer = {
             "state_size": self.state_size,
+            "grid": (height, width) if self.scan == "2d" else None,
             "bidirectional": self.bidirectional,
             "discretization": self.discretization,
             "initialization": self.initialization,

@@ -14,8 +14,13 @@ class S4D(nn.Module):
     computed in float32 whatever the input's dtype, and returned in that dtype. On a mesh every device computes its own
     batch rows and channels.
 
+    With a grid, as many SSMs again run over its positions column by column, and each direction's output is the sum of
+    both: y = S4D(u) + transpose(S4D_column(transpose(u))). That is ours, after VMamba (arXiv 2401.10166), which adds up
+    four such scans.
+
     Attributes:
       state_size: N.
+      grid: (H, W) of the L = H W positions, which come row by row, to scan them column by column too; or None.
       bidirectional: whether a second SSM runs backwards.
       discretization: "zoh" or "bilinear".
       initialization: "legs", "lin" or "inv".
@@ -26,6 +31,7 @@ class S4D(nn.Module):
     """
 
     state_size: int = 64
+    grid: tuple[int, int] | None = None
     bidirectional: bool = True
     discretization: str = "zoh"
     initialization: str = "lin"
@@ -50,12 +56,26 @@ class S4D(nn.Module):
 
         options = {"method": self.method, "discretization": self.discretization, "platform": self.platform}
 
-        def apply(directions, u):
+        def scan(directions, u):
             if self.bidirectional:
-                y = ssm_apply_bidirectional(*directions, u, **options)
-            else:
-                y = ssm_apply(*directions, u, **options)
-            return y.reshape(*u.shape[:2], len(directions), u.shape[2])
+                return ssm_apply_bidirectional(*directions, u, **options)
+            return ssm_apply(*directions, u, **options)
+
+        def apply(scans, u):
+            y = scan(scans[0], u)
+            if self.grid:
+                H, W = self.grid
+                y += _transpose(scan(scans[1], _transpose(u, H, W)), W, H)
+            return y.reshape(*u.shape[:2], len(scans[0]), u.shape[2])
 
         names = ("forward", "backward") if self.bidirectional else ("forward",)
-        return over_channels(apply, [direction(name) for name in names], u)
+        scans = [[direction(name) for name in names]]
+        if self.grid:
+            scans.append([direction(f"column_{name}") for name in names])
+        return over_channels(apply, scans, u)
+
+
+def _transpose(u: jax.Array, height: int, width: int) -> jax.Array:
+    """[B, H W, D], row by row, to [B, W H, D], column by column."""
+    B, L, D = u.shape
+    return u.reshape(B, height, width, D).swapaxes(1, 2).reshape(B, L, D)

@@ -41,6 +41,16 @@ def test_xl_has_the_papers_parameters():
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 673_088_272
 
 
+def test_a_2d_scan_doubles_the_parameters_of_the_ssms_and_nothing_else():
+    raster, both = DiffuSSM(**DIFFUSSM_SIZES["XL"]), DiffuSSM(**DIFFUSSM_SIZES["XL"], scan="2d")
+    shapes = jax.eval_shape(lambda: init_params(both, (32, 32, 4), 0))
+    depth, D, N = 29, 1152, 64
+    an_ssm = D * (N // 2 * (1 + 1 + 2 + 2) + 1 + 1)  # log_neg_re, im, B and C for each pair, log_dt and D
+    expected = 673_088_272 + depth * 2 * an_ssm
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == expected == 686_050_576
+    assert both.multiply_adds(32, 32, 4) == raster.multiply_adds(32, 32, 4)
+
+
 def test_xl_has_the_papers_multiply_adds():
     model = DiffuSSM(**DIFFUSSM_SIZES["XL"])
     D, J, L = 1152, 512, 1024
@@ -66,10 +76,12 @@ def count_dot_multiply_adds(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("M,bidirectional", [(1, True), (2, True), (4, True), (2, False)])
-def test_multiply_adds_are_those_of_the_traced_model(M, bidirectional):
+@pytest.mark.parametrize(
+    "M,bidirectional,scan", [(1, True, "raster"), (2, True, "raster"), (4, True, "2d"), (2, False, "raster")]
+)
+def test_multiply_adds_are_those_of_the_traced_model(M, bidirectional, scan):
     # The recurrent SSM has no matrix products, so only the linear layers are counted.
-    model = DiffuSSM(**SMALL, hourglass_ratio=M, bidirectional=bidirectional, ssm_method="recurrent")
+    model = DiffuSSM(**SMALL, hourglass_ratio=M, bidirectional=bidirectional, scan=scan, ssm_method="recurrent")
     H, W, C = 4, 8, 3
     params = jax.eval_shape(lambda: init_params(model, (H, W, C), 0))
     x_t, t, y = inputs(1, H, W, C)
@@ -91,8 +103,8 @@ def ada_layer_norm(p, x, c):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def block_oracle(p, x, c, M):
-    """The block's six equations (paper, section 3) with explicit loops over positions."""
+def block_oracle(p, x, c, M, H):
+    """The block's six equations (paper, section 3) with explicit loops over positions; H rows of them."""
     B, J, D = x.shape
     I = ada_layer_norm(p["norm"], x, c)
     h = gelu(I @ p["W0"]["kernel"] + p["W0"]["bias"])
@@ -106,6 +118,11 @@ def block_oracle(p, x, c, M):
         ],
         -1,
     )
+    if "column_forward" in p["ssm"]:
+        W = J * M // H
+        by_columns = [h * W + w for w in range(W) for h in range(H)]
+        Y[:, by_columns, :D] += oracles.recurrence(p["ssm"]["column_forward"], U[:, by_columns], reverse=False)
+        Y[:, by_columns, D:] += oracles.recurrence(p["ssm"]["column_backward"], U[:, by_columns], reverse=True)
     I_down = np.zeros((B, J, 2 * D))
     for j, k in itertools.product(range(J), range(M)):
         down = gelu(Y[:, j * M + k] @ p["W_down"]["kernel"][k].reshape(2 * D, -1) + p["W_down"]["bias"][k])
@@ -131,16 +148,16 @@ def model_oracle(p, x_t, t, y, M, depth):
     c = hidden @ p["time_embed"]["out"]["kernel"] + p["time_embed"]["out"]["bias"]
     c = c + p["label_embed"]["table"]["embedding"][y]
     for i in range(depth):
-        x = block_oracle(jax.tree.map(lambda leaf, i=i: leaf[i], p["blocks"]), x, c, M)
+        x = block_oracle(jax.tree.map(lambda leaf, i=i: leaf[i], p["blocks"]), x, c, M, H)
     x = ada_layer_norm(p["final_norm"], x, c) @ p["final"]["kernel"] + p["final"]["bias"]
     return x.reshape(B, H, W, 2 * C)
 
 
-@pytest.mark.parametrize("M", [1, 2, 4])
-def test_forward_pass_is_the_equations_in_float64(M):
-    model = DiffuSSM(**SMALL, hourglass_ratio=M)
-    params = random_params(model, (4, 4, 1))
-    x_t, t, y = inputs()
+@pytest.mark.parametrize("M,scan", [(1, "raster"), (2, "raster"), (4, "raster"), (1, "2d"), (2, "2d")])
+def test_forward_pass_is_the_equations_in_float64(M, scan):
+    model = DiffuSSM(**SMALL, hourglass_ratio=M, scan=scan)
+    params = random_params(model, (3, 4, 1))
+    x_t, t, y = inputs(H=3)
     out = jax.jit(model.apply)({"params": params}, x_t, t, y)
     params64 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     expected = model_oracle(params64, np.asarray(x_t, np.float64), np.asarray(t, np.float64), np.asarray(y), M, 2)
@@ -243,6 +260,7 @@ def test_unconditional_model_has_no_label_table():
     "options,message",
     [
         ({"hourglass_ratio": 3}, "M = 3 and W = 4"),
+        ({"scan": "3d"}, "unknown scan '3d'; choose one of raster, 2d"),
         ({"remat": "all"}, "unknown remat 'all'; choose one of none, dots, block"),
         ({"ssm_method": "fftt"}, "unknown SSM method 'fftt'; choose one of"),
         ({"width": 18}, "multiple of 4, got 18"),

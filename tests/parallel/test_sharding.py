@@ -27,22 +27,24 @@ from tiny import tiny_config
 from diffussm_jax.build import build_train_step
 from diffussm_jax.parallel.mesh import make_mesh
 texts = []
-for method, *mesh in json.loads(sys.argv[1]):
+for ssm, *mesh in json.loads(sys.argv[1]):
     config = tiny_config()
     config.batch_size, config.model.width, config.model.depth = {BATCH}, {WIDTH}, {DEPTH}
-    config.model.ssm_method, config.model.remat = method, "block"
+    config.model.scan, config.model.ssm_method = ssm.split()
+    config.model.remat = "block"
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
     step, state, batch = build_train_step(config, make_mesh(*mesh))
     texts.append(step.lower(state, batch).compile().as_text())
 print(json.dumps(texts))
 """
 CASES = [
-    ("fft", 8, 1, 1),
-    ("fft", 1, 8, 1),
-    ("chunked", 2, 4, 1),
-    ("fft", 1, 1, 8),
-    ("chunked", 2, 1, 4),
-    ("fft", 2, 2, 2),
+    ("raster fft", 8, 1, 1),
+    ("raster fft", 1, 8, 1),
+    ("raster chunked", 2, 4, 1),
+    ("raster fft", 1, 1, 8),
+    ("raster chunked", 2, 1, 4),
+    ("raster fft", 2, 2, 2),
+    ("2d fft", 2, 2, 2),
 ]
 
 
