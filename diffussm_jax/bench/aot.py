@@ -87,9 +87,9 @@ def bench_aot(
     abstract = jax.eval_shape(lambda: ssm_arguments(shape, dtype))
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    rows = []
+    rows, platform = [], "tpu" if machine.chip.platform == "tpu" else "gpu"
     for name in methods:
-        for which, function, of in zip(PASSES, ssm_functions(name), (arguments[:3], arguments), strict=True):
+        for which, function, of in zip(PASSES, ssm_functions(name, platform), (arguments[:3], arguments), strict=True):
             row = {"machine": machine.chip.name, "dtype": dtype} | dict(zip("BLDN", shape, strict=True))
             row |= {"method": name, "pass": which}
             try:

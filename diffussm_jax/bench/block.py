@@ -59,14 +59,13 @@ def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
       DoesNotFitError: a program needs more memory than there is.
     """
     model = build_model(config)
-    mixer = {name: getattr(model, name) for name in ("state_size", "bidirectional", "discretization", "initialization")}
-    block = Block(model.hourglass_ratio, mixer | {"method": model.ssm_method}, model.dtype)
     H, W, _ = input_shape(config)
+    block = Block(model.hourglass_ratio, model.mixer_options(H, W), model.dtype)
     B, J, D = config.batch_size, H * W // model.hourglass_ratio, model.width
     keys = jax.random.split(jax.random.key(config.seed), 4)
     x, d_x = (jax.random.normal(key, (B, J, D)).astype(model.dtype) for key in keys[:2])
     c = jax.random.normal(keys[2], (B, D)).astype(model.dtype)
-    params = jax.jit(block.init)(keys[3], x[:1, :4], c[:1])["params"]
+    params = jax.jit(block.init)(keys[3], x[:1], c[:1])["params"]
     programs, memory = {}, {}
     for has_ssm in (True, False):
         pairs = zip(("forward", "gradient"), _functions(block, has_ssm), ((), (d_x,)), strict=True)

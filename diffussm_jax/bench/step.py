@@ -102,8 +102,9 @@ def ssm_seconds(config: ConfigDict, mesh: dict[str, int], *, repeats: int = 5) -
     parts = config.optimizer.accumulation_steps
     B = config.batch_size // (mesh["data"] * mesh["fsdp"] * parts)
     arguments = ssm_arguments((B, H * W, model.width // mesh["tensor"], model.state_size), model.dtype)
+    scans = 2 if model.scan == "2d" else 1
     forward_pass, with_gradients = (jax.jit(f) for f in ssm_functions(model.ssm_method))
     programs = {"gradient": functools.partial(with_gradients, *arguments)}
     if model.remat != "none":
         programs["again"] = functools.partial(forward_pass, *arguments[:3])
-    return model.depth * parts * sum(median_seconds(programs, repeats).values())
+    return model.depth * scans * parts * sum(median_seconds(programs, repeats).values())

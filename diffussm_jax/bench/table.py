@@ -3,16 +3,15 @@
 import csv
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from diffussm_jax.bench.ssm import LENGTHS, Shape
 from diffussm_jax.bench.yardsticks import NAIVE, TORCH_METHODS
 from diffussm_jax.ssm import METHODS
+from diffussm_jax.ssm.auto import TABLE, Measurement
 
-TABLE = Path(__file__).parents[1] / "ssm" / "auto_table.csv"
-COLUMNS = ("platform", "device", "dtype", "B", "L", "D", "N", "method", "gradient_ms")
+COLUMNS = Measurement._fields
 _WIDTHS = (384, 1152)
 _POSITIONS = {"cpu": 4096}  # of a batch, where one sequence is not longer; elsewhere _MANY
 _MANY = 65_536

@@ -200,7 +200,11 @@ class DiffuSSM(nn.Module):
             length=self.depth,
             unroll=self.scan_unroll,
         )
-        mixer = {
+        return scanned(self.hourglass_ratio, self.mixer_options(height, width), self.dtype, name="blocks")
+
+    def mixer_options(self, height: int, width: int) -> dict[str, object]:
+        """The options of each block's `S4D` for a latent of that height and width."""
+        return {
             "state_size": self.state_size,
             "grid": (height, width) if self.scan == "2d" else None,
             "bidirectional": self.bidirectional,
@@ -209,7 +213,6 @@ class DiffuSSM(nn.Module):
             "method": self.ssm_method,
             "platform": self.platform,
         }
-        return scanned(self.hourglass_ratio, mixer, self.dtype, name="blocks")
 
     def multiply_adds(self, height: int, width: int, channels: int) -> dict[str, int]:
         """Multiply-adds of the linear layers in one forward pass of one image, as the paper and DiT count them.

@@ -4,7 +4,7 @@
     associative  a parallel prefix scan
     fft          a convolution by FFT
     chunked      matrix products in chunks, states between them
-    pallas       the same as a kernel, for TPUs
+    pallas       the same as a kernel, for TPUs and GPUs
     auto         the one of these that was measured to be the fastest (`auto.py`), the default
 
 All give the same numbers to float32 accuracy, for any L; `chunked` and `pallas` of a bfloat16 input to the accuracy of
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.chunked import chunked
 from diffussm_jax.ssm.fft import fft
+from diffussm_jax.ssm.pallas_gpu import pallas_gpu
 from diffussm_jax.ssm.pallas_tpu import pallas_tpu
 from diffussm_jax.ssm.params import SSMParams
 from diffussm_jax.ssm.recurrent import associative, recurrent
@@ -24,7 +25,7 @@ from diffussm_jax.ssm.recurrent import associative, recurrent
 DEFAULT_METHOD = "auto"
 METHODS = ("auto", "recurrent", "associative", "fft", "chunked", "pallas")
 PLATFORMS = ("cpu", "gpu", "tpu")
-_PALLAS = {"tpu": pallas_tpu}
+_PALLAS = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 _HALF_PRECISION = ("chunked", "pallas")  # methods that take bfloat16 as it is
 
 
@@ -94,8 +95,9 @@ def ssm_apply(
     Args:
       params: `SSMParams` of D channels.
       u: [B, L, D] of any float dtype. Any L >= 1.
-      method: "auto", the fastest, or one by name: "recurrent", "associative", "fft", "chunked", on a TPU "pallas". Sums
-        and states are float32; "chunked" and "pallas" multiply bfloat16 inputs as they are, others in float32.
+      method: "auto", the fastest, or one by name: "recurrent", "associative", "fft", "chunked", on TPUs and GPUs
+        "pallas". Sums and states are float32; "chunked" and "pallas" multiply bfloat16 inputs as they are, others in
+        float32.
       discretization: "zoh" or "bilinear".
       reverse: whether time runs backwards, y[l] = sum_j K[j] u[l + j] + D u[l].
       platform: what it is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
@@ -126,8 +128,9 @@ def ssm_apply_bidirectional(
       forward: `SSMParams` of D channels.
       backward: `SSMParams` of D channels.
       u: [B, L, D] of any float dtype. Any L >= 1.
-      method: "auto", the fastest, or one by name: "recurrent", "associative", "fft", "chunked", on a TPU "pallas". Sums
-        and states are float32; "chunked" and "pallas" multiply bfloat16 inputs as they are, others in float32.
+      method: "auto", the fastest, or one by name: "recurrent", "associative", "fft", "chunked", on TPUs and GPUs
+        "pallas". Sums and states are float32; "chunked" and "pallas" multiply bfloat16 inputs as they are, others in
+        float32.
       discretization: "zoh" or "bilinear".
       platform: what it is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
 
