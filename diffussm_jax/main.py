@@ -64,8 +64,8 @@ def main() -> int:
         raise app.UsageError("give --config=configs/digits.py (or another file of configs/) and --workdir=FOLDER")
     profile_steps = parse_steps(_PROFILE_STEPS.value)
     cli.join_hosts(_DISTRIBUTED.value)
-    validate(config, jax.device_count())
     cli.keep_freed_memory()
+    validate(config, jax.device_count())
     is_first_process = jax.process_index() == 0
     if is_first_process:
         print(describe(config), flush=True)

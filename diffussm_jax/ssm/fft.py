@@ -14,16 +14,17 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from scipy.fft import next_fast_len
 
 from diffussm_jax.ssm.kernel import diagonal_kernel
 from diffussm_jax.ssm.params import SSMParams
 
 
-def _spectra(kernels: jax.Array, reverse: tuple[bool, ...], n: int) -> jax.Array:
-    """[R, D, L] kernels to [R, D, n//2 + 1] spectra, conjugated where the direction is backward."""
-    spectra = jnp.fft.rfft(kernels, n)
-    return jnp.stack([k.conj() if backward else k for k, backward in zip(spectra, reverse, strict=True)])
+def _directed(spectra: jax.Array, reverse: tuple[bool, ...]) -> jax.Array:
+    """[R, ..] spectra, conjugated where the direction is backward."""
+    sign = np.where(np.asarray(reverse), -1, 1).astype(np.float32)
+    return jax.lax.complex(spectra.real, spectra.imag * sign.reshape(-1, *(1,) * (spectra.ndim - 1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -35,7 +36,8 @@ def _convolve(u: jax.Array, kernels: jax.Array, reverse: tuple[bool, ...]) -> ja
 def _convolve_forward(u, kernels, reverse):
     L = u.shape[-1]
     n = next_fast_len(2 * L - 1, real=True)
-    y = jnp.fft.irfft(jnp.fft.rfft(u, n) * _spectra(kernels, reverse, n)[:, None], n)[..., :L]
+    kernel_spectra = _directed(jnp.fft.rfft(kernels, n), reverse)
+    y = jnp.fft.irfft(jnp.fft.rfft(u, n) * kernel_spectra[:, None], n)[..., :L]
     return y, (u, kernels)
 
 
@@ -43,12 +45,9 @@ def _convolve_backward(reverse, residuals, dy):
     u, kernels = residuals
     L = u.shape[-1]
     n = next_fast_len(2 * L - 1, real=True)
-    dy_spectra = jnp.fft.rfft(dy, n)
-    du = jnp.fft.irfft(jnp.sum(_spectra(kernels, reverse, n).conj()[:, None] * dy_spectra, 0), n)
-    dkernel_spectra = jnp.sum(jnp.fft.rfft(u, n).conj() * dy_spectra, 1)
-    dkernel_spectra = jnp.stack(
-        [k.conj() if backward else k for k, backward in zip(dkernel_spectra, reverse, strict=True)]
-    )
+    dy_spectra, kernel_spectra = jnp.fft.rfft(dy, n), _directed(jnp.fft.rfft(kernels, n), reverse)
+    du = jnp.fft.irfft(jnp.sum(kernel_spectra.conj()[:, None] * dy_spectra, 0), n)
+    dkernel_spectra = _directed(jnp.sum(jnp.fft.rfft(u, n).conj() * dy_spectra, 1), reverse)
     return du[..., :L], jnp.fft.irfft(dkernel_spectra, n)[..., :L]
 
 
@@ -61,15 +60,11 @@ def fft(
     *,
     discretization: str,
     reverse: tuple[bool, ...],
-    kernel_fn=diagonal_kernel,
 ) -> jax.Array:
     """R SSMs over the same u [B, L, D] float32, each forward or backward: y [B, L, R * D] float32."""
     B, L, D = u.shape
-    kernels = jnp.stack(
-        [
-            kernel_fn(p.Lambda, p.B, p.C, p.dt, L, discretization).at[:, 0].add(p.D)  # the skip is a tap at lag 0
-            for p in directions
-        ]
-    )
+    kernels = jnp.stack([diagonal_kernel(p.Lambda, p.B, p.C, p.dt, L, discretization) for p in directions])
+    skip = jnp.stack([p.D for p in directions])[..., None]
+    kernels = kernels + jnp.pad(skip, ((0, 0), (0, 0), (0, L - 1)))  # a tap at lag 0
     y = _convolve(u.swapaxes(1, 2), kernels, reverse)
     return y.transpose(1, 3, 0, 2).reshape(B, L, len(directions) * D)
