@@ -43,7 +43,6 @@ CASES = [
     ("raster chunked", 2, 4, 1),
     ("raster fft", 1, 1, 8),
     ("raster chunked", 2, 1, 4),
-    ("raster fft", 2, 2, 2),
     ("2d fft", 2, 2, 2),
 ]
 

@@ -1,6 +1,6 @@
 """A run that is killed again and again, in the middle of saves too, ends as one that was never stopped.
 
-DIFFUSSM_KILLS=20 takes 20 kills in place of 6.
+DIFFUSSM_KILLS=20 takes 20 kills in place of 5.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from diffussm_jax.parallel.mesh import make_mesh
 from diffussm_jax.sample import load_config
 from diffussm_jax.training.checkpoint import Checkpointer
 
-NUM_KILLS, NUM_STEPS = int(os.environ.get("DIFFUSSM_KILLS", "6")), 300
+NUM_KILLS, NUM_STEPS = int(os.environ.get("DIFFUSSM_KILLS", "5")), 300
 FLAGS = (*DIGITS, *QUIET, f"--config.num_steps={NUM_STEPS}", "--config.checkpoint_every=3")
 
 

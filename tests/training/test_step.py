@@ -97,17 +97,16 @@ def test_a_run_that_diverges_ends_and_names_the_last_good_checkpoint(has_checkpo
 
 def test_cutting_a_batch_changes_no_gradient():
     states = []
-    for parts in (1, 2, 4):
+    for parts in (1, 4):
         recipe, batch = recipe_and_batches(accumulation_steps=parts, label_dropout=0.0)
         state = recipe.create_state()
         # Away from the start, where most gradients are zero.
         params = jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), state.params)
         states.append(jax.device_get(make_train_step(recipe)(state.replace(params=params), batch())))
-    whole = states[0]
-    for cut in states[1:]:
-        assert cut.window["loss"] == pytest.approx(whole.window["loss"], rel=1e-6)
-        for a, b in zip(jax.tree.leaves(cut.opt_state[0].mu), jax.tree.leaves(whole.opt_state[0].mu), strict=True):
-            assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
+    whole, cut = states
+    assert cut.window["loss"] == pytest.approx(whole.window["loss"], rel=1e-6)
+    for a, b in zip(jax.tree.leaves(cut.opt_state[0].mu), jax.tree.leaves(whole.opt_state[0].mu), strict=True):
+        assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
 
 
 def test_bfloat16_keeps_the_state_in_float32():
