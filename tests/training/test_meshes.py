@@ -8,10 +8,6 @@ import pytest
 from runs import DIGITS, QUIET, ROOT, losses, run, start, wait
 
 CIFAR = ROOT.parent / "shared/data/cifar10_jpg.zip"
-MESHES = [  # and 2 x 2 x 2, in two processes
-    pytest.param((8, 1, 1), id="data", marks=pytest.mark.slow),
-    pytest.param((1, 8, 1), id="fsdp", marks=pytest.mark.slow),
-]
 
 
 def mesh_flags(data, fsdp, tensor):
@@ -35,7 +31,8 @@ def assert_same_losses(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1)], ids=["data", "fsdp"])  # below: 2 x 2 x 2
 def test_digits_train_alike_on_any_mesh(mesh, on_one_device, tmp_path):
     assert_same_losses(run(tmp_path, *digits_flags(), *mesh_flags(*mesh), num_devices=8), on_one_device)
 
