@@ -248,7 +248,7 @@ def build_recipe(config: ConfigDict, mesh: Mesh, encode: Encode | None = None) -
     """
     o = config.optimizer
     return Recipe(
-        model=build_model(config, platform_of(mesh)),
+        model=build_model(config, platform_of(mesh.devices.flat[0])),
         input_shape=input_shape(config),
         schedule=build_schedule(config),
         encode=encode or build_codec(config, has_decoder=False).encode,

@@ -124,7 +124,7 @@ def default_config() -> ConfigDict:
     config.model.label_dropout = 0.1
     config.model.remat = "none"  # what is computed again in the backward pass: "dots": all but linear layers; "block"
     config.model.scan_unroll = 1
-    config.model.dtype = "float32"  # of the linear layers; SSMs, norms and losses are float32 always
+    config.model.dtype = "float32"  # of the linear layers; SSMs' states, norms and losses are float32 always
 
     config.data = ConfigDict()
     config.data.source = "digits"

@@ -153,6 +153,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
     peak_bytes = compiled.memory_analysis().peak_memory_in_bytes
     if peak_bytes > available:  # for GPUs XLA leaves it to the run to fail
         raise DoesNotFitError(_too_much("the step takes", peak_bytes, available))
+    platform = platform_of(mesh.devices.flat[0])
     return Plan(
         machine=machine,
         mesh=dict(mesh.shape),
@@ -160,7 +161,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
         settings={
             "remat": config.model.remat,
             "accumulation_steps": config.optimizer.accumulation_steps,
-            "ssm_method": ssm_method(config, platform_of(mesh)),
+            "ssm_method": ssm_method(config, platform),
             "dtype": config.model.dtype,
         },
         state_bytes={name: size for name, size in state_bytes.items() if size},
@@ -168,7 +169,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
         peak_bytes=peak_bytes,
         multiply_adds=build_model(config).multiply_adds(*input_shape(config))["total"],
         recomputed_multiply_adds=recomputed_multiply_adds(config),
-        ssm_multiply_adds=ssm_multiply_adds(config, platform_of(mesh)),
+        ssm_multiply_adds=ssm_multiply_adds(config, platform),
         collectives=collectives(compiled.as_text(), mesh.size),
         compile_seconds=compile_seconds,
     )

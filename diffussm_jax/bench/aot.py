@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from diffussm_jax.bench.counts import TPU_REGISTER, pallas_counts
 from diffussm_jax.bench.ssm import PASSES, Shape, check_methods, first_line, ssm_arguments, ssm_functions
 from diffussm_jax.bench.yardsticks import TORCH_METHODS
+from diffussm_jax.parallel.mesh import platform_of
 from diffussm_jax.parallel.topology import CHIPS, Chip, Machine, compile_only_devices, parse_machine
 
 DEFAULT_SHAPE = (16, 1024, 1152, 64)
@@ -87,7 +88,7 @@ def bench_aot(
     abstract = jax.eval_shape(lambda: ssm_arguments(shape, dtype))
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    rows, platform = [], "tpu" if machine.chip.platform == "tpu" else "gpu"
+    rows, platform = [], platform_of(device)
     for name in methods:
         for which, function, of in zip(PASSES, ssm_functions(name, platform), (arguments[:3], arguments), strict=True):
             row = {"machine": machine.chip.name, "dtype": dtype} | dict(zip("BLDN", shape, strict=True))

@@ -10,9 +10,9 @@ from diffussm_jax.ssm import DEFAULT_METHOD, init_s4d, ssm_apply, ssm_apply_bidi
 class S4D(nn.Module):
     """S4D (arXiv 2206.11893), in one direction or both: [B, L, D] -> [B, L, R, D], R directions.
 
-    Everything is learned, in float32: Lambda, B, C, dt and the skip D, by directions of their own. The convolution is
-    computed in float32 whatever the input's dtype, and returned in that dtype. On a mesh every device computes its own
-    batch rows and channels.
+    Everything is learned, in float32: Lambda, B, C, dt and the skip D, by directions of their own. States and sums are
+    float32 whatever the input's dtype, and the result is of that dtype (`ssm_apply`). On a mesh every device computes
+    its own batch rows and channels.
 
     With a grid, as many SSMs again run over its positions column by column, and each direction's output is the sum of
     both: y = S4D(u) + transpose(S4D_column(transpose(u))). That is ours, after VMamba (arXiv 2401.10166), which adds up

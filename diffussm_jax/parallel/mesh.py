@@ -40,9 +40,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
 
 
-def platform_of(mesh: Mesh) -> str:
-    """What a program on the mesh is compiled for: "cpu", "gpu" or "tpu"."""
-    platform = mesh.devices.flat[0].platform
+def platform_of(device: jax.Device) -> str:
+    """What a program on the device is compiled for: "cpu", "gpu" or "tpu"."""
+    platform = device.platform
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 

@@ -11,8 +11,8 @@ discretised quantity. One channel is the linear system (S4D, arXiv 2206.11893, s
 
     x'(t) = Lambda x(t) + B u(t),    y(t) = 2 Re(C . x(t)) + D u(t)
 
-and its discretisation is the convolution of `u` with K[l] = 2 Re sum_n C_n B_bar_n Lambda_bar_n**l. All of it is
-float32 (complex64) inside, whatever the dtype of the input.
+and its discretisation is the convolution of `u` with K[l] = 2 Re sum_n C_n B_bar_n Lambda_bar_n**l. Parameters,
+states and sums are float32 (complex64), whatever the dtype of the input.
 """
 
 from diffussm_jax.ssm.apply import DEFAULT_METHOD, METHODS, ssm_apply, ssm_apply_bidirectional

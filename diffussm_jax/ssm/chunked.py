@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from diffussm_jax.ssm.discretize import discretize, transition_powers
-from diffussm_jax.ssm.kernel import diagonal_kernel, real_rows
+from diffussm_jax.ssm.kernel import real_rows, taps
 from diffussm_jax.ssm.params import SSMParams
 
 CHUNK = 64
@@ -63,7 +63,6 @@ def _operators(
     toeplitz, write, read, decay = [], [], [], []
     for r, (p, is_reverse) in enumerate(zip(directions, reverse, strict=True)):
         _, B_bar = discretize(p.Lambda, p.B, p.dt, discretization)
-        K = diagonal_kernel(p.Lambda, p.B, p.C, p.dt, chunk, discretization)
         powers = transition_powers(p.Lambda, p.dt, jnp.arange(chunk + 1), discretization)  # [D, N/2, c + 1]
         since_input = B_bar[..., None] * powers[..., :-1]
         until_output = (2 * p.C)[..., None] * powers[..., 1:]
@@ -71,7 +70,7 @@ def _operators(
             until_output = jnp.flip(until_output, -1)
         else:
             since_input = jnp.flip(since_input, -1)
-        toeplitz.append(_toeplitz(K.at[:, 0].add(p.D), is_reverse))  # the skip is a tap at lag 0
+        toeplitz.append(_toeplitz(taps(p, chunk, discretization), is_reverse))
         write.append(real_rows(since_input, 1).swapaxes(1, 2))
         own = real_rows(until_output.conj(), 1)  # Re(P S) = Re P Re S - Im P Im S
         others = (0, 0), (0, 0), (r * chunk, (len(directions) - 1 - r) * chunk)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.fft import next_fast_len
 
-from diffussm_jax.ssm.kernel import diagonal_kernel
+from diffussm_jax.ssm.kernel import taps
 from diffussm_jax.ssm.params import SSMParams
 
 
@@ -63,8 +63,6 @@ def fft(
 ) -> jax.Array:
     """R SSMs over the same u [B, L, D] float32, each forward or backward: y [B, L, R * D] float32."""
     B, L, D = u.shape
-    kernels = jnp.stack([diagonal_kernel(p.Lambda, p.B, p.C, p.dt, L, discretization) for p in directions])
-    skip = jnp.stack([p.D for p in directions])[..., None]
-    kernels = kernels + jnp.pad(skip, ((0, 0), (0, 0), (0, L - 1)))  # a tap at lag 0
+    kernels = jnp.stack([taps(p, L, discretization) for p in directions])
     y = _convolve(u.swapaxes(1, 2), kernels, reverse)
     return y.transpose(1, 3, 0, 2).reshape(B, L, len(directions) * D)

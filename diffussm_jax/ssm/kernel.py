@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffussm_jax.ssm.discretize import discretize, transition_powers
+from diffussm_jax.ssm.params import SSMParams
 
 
 def real_rows(z: jax.Array, axis: int) -> jax.Array:
@@ -57,3 +58,10 @@ def diagonal_kernel(
     # Re(outer * inner) = Re outer Re inner - Im outer Im inner: conjugate one side, then it is one dot product.
     K = jnp.einsum("dni,dnj->dij", real_rows(outer.conj(), 1), real_rows(inner, 1), precision=jax.lax.Precision.HIGHEST)
     return K.reshape(*K.shape[:-2], num_outer * num_inner)[..., :length]
+
+
+def taps(params: SSMParams, length: int, discretization: str) -> jax.Array:
+    """The first `length` taps with the skip D in that of lag 0: [D, L]."""
+    p = params
+    K = diagonal_kernel(p.Lambda, p.B, p.C, p.dt, length, discretization)
+    return K + jnp.pad(p.D[:, None], ((0, 0), (0, length - 1)))

@@ -47,7 +47,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from diffussm_jax.ssm.discretize import discretize, transition_powers
-from diffussm_jax.ssm.kernel import diagonal_kernel
+from diffussm_jax.ssm.kernel import taps
 from diffussm_jax.ssm.pallas_gpu_kernels import FLOAT, Geometry, TableRefs, backward_kernel, forward_kernel
 from diffussm_jax.ssm.params import SSMParams
 
@@ -81,12 +81,13 @@ def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) ->
         return by_direction(jnp.stack([z.real, z.imag], -1))
 
     _, B_bar = discretize(p.Lambda, p.B, p.dt, discretization)
-    taps = diagonal_kernel(p.Lambda, p.B, p.C, p.dt, chunk, discretization).at[:, 0].add(p.D)
     z = p.Lambda * p.dt[:, None].astype(p.Lambda.dtype)
     if discretization == "bilinear":
         z = z * jax.lax.stop_gradient(1 / ((1 - z / 2) * (1 + z / 2)))
     powers = transition_powers(p.Lambda, p.dt, jnp.arange(chunk + 1), discretization).swapaxes(1, 2)
-    return _Tables(by_direction(taps), pairs(2 * p.C * B_bar), pairs(z)), jax.lax.stop_gradient(pairs(powers))
+    return _Tables(
+        by_direction(taps(p, chunk, discretization)), pairs(2 * p.C * B_bar), pairs(z)
+    ), jax.lax.stop_gradient(pairs(powers))
 
 
 def _flat(x: jax.Array) -> jax.Array:
