@@ -1,7 +1,7 @@
 """`bench block`: one DiffuSSM block, forward, and forward with all gradients, with its SSM and without.
 
-Without means that Y, [B, L, R, D], is U for each of the R directions, broadcast: what surrounds the SSM stays as it is.
-The SSM's share is what the time shrinks by.
+Without means that Y, [M, R, D, B, J], is U for each of the R directions, broadcast: what surrounds the SSM stays as it
+is. The SSM's share is what the time shrinks by.
 """
 
 import functools
@@ -26,7 +26,8 @@ def _without_ssm(next_function, args, kwargs, context):
     """Intercepts calls of modules: the mixer gives its input for each direction."""
     if context.module.name == "ssm" and context.method_name == "__call__":
         (u,) = args
-        return jnp.broadcast_to(u[:, :, None], (*u.shape[:2], 2 if context.module.bidirectional else 1, u.shape[2]))
+        num_directions = 2 if context.module.bidirectional else 1
+        return jnp.broadcast_to(u[:, None], (u.shape[0], num_directions, *u.shape[1:]))
     return next_function(*args, **kwargs)
 
 

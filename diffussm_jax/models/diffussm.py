@@ -85,11 +85,12 @@ class Block(nn.Module):
 
         I = whole_channels(AdaLayerNorm(self.dtype, name="norm")(x, c))
         h = whole_channels(gelu(keep(split_channels(dense(D, D, "W0")(I)))))
-        W_up = position_dense("bjd,mde->bjme", (M, D, D), "W_up")
-        U = gelu(keep(split_channels(W_up(h)))).reshape(B, J * M, D)
-        Y = S4D(**self.mixer, name="ssm")(U)  # [B, L, R, D]
-        W_down = position_dense("bjmrd,mrde->bjme", (M, Y.shape[2], D, 2 * D // M), "W_down")
-        I_down = gelu(keep(whole_channels(W_down(Y.reshape(B, J, M, -1, D))))).reshape(B, J, 2 * D)
+        # U and Y stay apart by k and have channels first, as products give and take them and `ssm.phases` explains.
+        W_up = position_dense("bjd,mde->mebj", (M, D, D), "W_up")
+        U = gelu(keep(split_channels(W_up(h), batch=2, channels=1)))
+        Y = S4D(**self.mixer, name="ssm")(U)  # [M, R, D, B, J]
+        W_down = position_dense("mrdbj,mrde->bjme", (M, Y.shape[1], D, 2 * D // M), "W_down")
+        I_down = gelu(keep(whole_channels(W_down(Y)))).reshape(B, J, 2 * D)
         left = gelu(keep(split_channels(dense(2 * D, 2 * D, "W2")(I_down))))
         right = gelu(keep(split_channels(dense(D, 2 * D, "W1")(I))))
         W3 = dense(2 * D, D, "W3", kernel_init=nn.initializers.zeros)

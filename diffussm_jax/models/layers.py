@@ -56,7 +56,14 @@ def sincos_2d(height: int, width: int, num_features: int) -> np.ndarray:
 
 
 def _product(equation: str, is_gathered: bool, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, _cast(kernel, x.dtype, is_gathered)) + bias.astype(x.dtype)
+    y = jnp.einsum(equation, x, _cast(kernel, x.dtype, is_gathered))
+    return y + jnp.expand_dims(bias.astype(x.dtype), _axes_of_x(equation))
+
+
+def _axes_of_x(equation: str) -> tuple[int, ...]:
+    """The dimensions of the output that the kernel, and so the bias, does not have."""
+    operands, output = equation.split("->")
+    return tuple(i for i, name in enumerate(output) if name not in operands.split(",")[1])
 
 
 def _cast(kernel: jax.Array, dtype: jnp.dtype, is_gathered: bool) -> jax.Array:
@@ -68,16 +75,16 @@ _linear = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
 
 
 def _linear_forward(equation, is_gathered, x, kernel, bias):
-    return _product(equation, is_gathered, x, kernel, bias), (x, kernel, bias)
+    return _product(equation, is_gathered, x, kernel, bias), (x, kernel)
 
 
 def _linear_backward(equation, is_gathered, residuals, dy):
-    x, kernel, bias = residuals
+    x, kernel = residuals
     operands, output = equation.split("->")
     of_x, of_kernel = operands.split(",")
     dx = jnp.einsum(f"{output},{of_kernel}->{of_x}", dy, _cast(kernel, x.dtype, is_gathered))
     dkernel = jnp.einsum(f"{of_x},{output}->{of_kernel}", x, dy, preferred_element_type=jnp.float32)
-    dbias = jnp.sum(dy, tuple(range(dy.ndim - bias.ndim)), dtype=jnp.float32)
+    dbias = jnp.sum(dy, _axes_of_x(equation), dtype=jnp.float32)
     return dx, dkernel, dbias
 
 
@@ -90,7 +97,7 @@ class Linear(nn.Module):
     Left to themselves, gradients of a bfloat16 product are rounded to bfloat16 before devices add theirs up.
 
     Attributes:
-      equation: of x and kernel; what bias adds to are the kernel's dimensions in the output, which come last.
+      equation: of x and kernel; the bias has those dimensions of the output that the kernel has.
       shape: of the kernel.
       dtype: of the product.
       kernel_init: by default Xavier's, uniform.

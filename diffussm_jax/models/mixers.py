@@ -1,14 +1,17 @@
-"""Sequence mixers: Flax modules that hold the parameters of an SSM and run it over [B, L, D]."""
+"""Sequence mixers: Flax modules that hold the parameters of an SSM and run it over L = J M positions, in M phases."""
 
 import flax.linen as nn
 import jax
 
 from diffussm_jax.parallel.sharding import over_channels
-from diffussm_jax.ssm import DEFAULT_METHOD, init_s4d, ssm_apply, ssm_apply_bidirectional, to_complex
+from diffussm_jax.ssm import DEFAULT_METHOD, from_phases, init_s4d, ssm_apply_phases, to_complex, to_phases
 
 
 class S4D(nn.Module):
-    """S4D (arXiv 2206.11893), in one direction or both: [B, L, D] -> [B, L, R, D], R directions.
+    """S4D (arXiv 2206.11893), in one direction or both: [M, D, B, J] -> [M, R, D, B, J], R directions.
+
+    Position j M + m is at j of phase m (`ssm.phases`), which is how an hourglass makes it; [B, L, D] is a single phase,
+    `to_phases(u, 1)`.
 
     Everything is learned, in float32: Lambda, B, C, dt and the skip D, by directions of their own. States and sums are
     float32 whatever the input's dtype, and the result is of that dtype (`ssm_apply`). On a mesh every device computes
@@ -46,7 +49,7 @@ class S4D(nn.Module):
             real = self.param(
                 name,
                 init_s4d,
-                u.shape[-1],
+                u.shape[1],
                 self.state_size,
                 initialization=self.initialization,
                 dt_min=self.dt_min,
@@ -57,16 +60,14 @@ class S4D(nn.Module):
         options = {"method": self.method, "discretization": self.discretization, "platform": self.platform}
 
         def scan(directions, u):
-            if self.bidirectional:
-                return ssm_apply_bidirectional(*directions, u, **options)
-            return ssm_apply(*directions, u, **options)
+            return ssm_apply_phases(directions, u, reverse=(False, True)[: len(directions)], **options)
 
         def apply(scans, u):
             y = scan(scans[0], u)
             if self.grid:
                 H, W = self.grid
                 y += _transpose(scan(scans[1], _transpose(u, H, W)), W, H)
-            return y.reshape(*u.shape[:2], len(scans[0]), u.shape[2])
+            return y
 
         names = ("forward", "backward") if self.bidirectional else ("forward",)
         scans = [[direction(name) for name in names]]
@@ -76,6 +77,7 @@ class S4D(nn.Module):
 
 
 def _transpose(u: jax.Array, height: int, width: int) -> jax.Array:
-    """[B, H W, D], row by row, to [B, W H, D], column by column."""
-    B, L, D = u.shape
-    return u.reshape(B, height, width, D).swapaxes(1, 2).reshape(B, L, D)
+    """[M, .., D, B, J] of positions that come row by row, to the same of positions column by column."""
+    x = from_phases(u)
+    x = x.reshape(x.shape[0], height, width, *x.shape[2:]).swapaxes(1, 2)
+    return to_phases(x.reshape(x.shape[0], -1, *x.shape[3:]), u.shape[0])

@@ -64,9 +64,10 @@ def whole_channels(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if _has_mesh() else x
 
 
-def split_channels(x: jax.Array) -> jax.Array:
-    """Lays an activation [B, ..., D] so that its batch and its channels are split; without a mesh around, `x`."""
-    axes = (BATCH, *(None,) * (x.ndim - 2), "tensor")
+def split_channels(x: jax.Array, *, batch: int = 0, channels: int = -1) -> jax.Array:
+    """Lays an activation so that these two dimensions are split; without a mesh around, `x` as it is."""
+    axes: list[Axes] = [None] * x.ndim
+    axes[batch], axes[channels] = BATCH, "tensor"
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if _has_mesh() else x
 
 
@@ -81,19 +82,19 @@ def over_channels(apply: Callable, params, u: jax.Array) -> jax.Array:
     XLA would gather the batch for an FFT, and channels where two halves of them are put side by side.
 
     Args:
-      apply: (params, u [b, L, d]) -> [b, L, R, d]; no channel depends on another.
+      apply: (params, u [M, d, b, J]) -> [M, R, d, b, J]; no channel depends on another.
       params: a pytree of arrays [D, ...].
-      u: [B, L, D].
+      u: [M, D, B, J].
 
     Returns:
-      [B, L, R, D].
+      [M, R, D, B, J].
     """
     if not _has_mesh():
         return apply(params, u)
     sharded = jax.shard_map(
         apply,
-        in_specs=(PartitionSpec("tensor"), PartitionSpec(BATCH, None, "tensor")),
-        out_specs=PartitionSpec(BATCH, None, None, "tensor"),
+        in_specs=(PartitionSpec("tensor"), PartitionSpec(None, "tensor", BATCH)),
+        out_specs=PartitionSpec(None, None, "tensor", BATCH),
         check_vma=False,
     )
     return sharded(params, u)

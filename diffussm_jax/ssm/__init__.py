@@ -15,11 +15,12 @@ and its discretisation is the convolution of `u` with K[l] = 2 Re sum_n C_n B_ba
 states and sums are float32 (complex64), whatever the dtype of the input.
 """
 
-from diffussm_jax.ssm.apply import DEFAULT_METHOD, METHODS, ssm_apply, ssm_apply_bidirectional
+from diffussm_jax.ssm.apply import DEFAULT_METHOD, METHODS, ssm_apply, ssm_apply_bidirectional, ssm_apply_phases
 from diffussm_jax.ssm.discretize import DISCRETIZATIONS, bilinear, zoh
 from diffussm_jax.ssm.hippo import dplr_legs, s4d_inv, s4d_legs, s4d_lin
 from diffussm_jax.ssm.kernel import diagonal_kernel
 from diffussm_jax.ssm.params import INITIALIZATIONS, SSMParams, init_s4d, to_complex
+from diffussm_jax.ssm.phases import from_phases, to_phases
 from diffussm_jax.ssm.recurrent import initial_state, step
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "bilinear",
     "diagonal_kernel",
     "dplr_legs",
+    "from_phases",
     "init_s4d",
     "initial_state",
     "s4d_inv",
@@ -38,7 +40,9 @@ __all__ = [
     "s4d_lin",
     "ssm_apply",
     "ssm_apply_bidirectional",
+    "ssm_apply_phases",
     "step",
     "to_complex",
+    "to_phases",
     "zoh",
 ]

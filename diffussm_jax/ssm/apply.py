@@ -11,6 +11,9 @@ All give the same numbers to float32 accuracy, for any L; `chunked` and `pallas`
 that. `diffussm_jax.bench ssm` times them side by side.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +23,7 @@ from diffussm_jax.ssm.fft import fft
 from diffussm_jax.ssm.pallas_gpu import pallas_gpu
 from diffussm_jax.ssm.pallas_tpu import pallas_tpu
 from diffussm_jax.ssm.params import SSMParams
+from diffussm_jax.ssm.phases import from_phases, to_phases
 from diffussm_jax.ssm.recurrent import associative, recurrent
 
 DEFAULT_METHOD = "auto"
@@ -42,15 +46,28 @@ def _one_by_one(scan):
     return apply
 
 
+def _through_positions(function: Callable) -> Callable:
+    """A function from [B, L, D] to [B, L, R * D] as one from phases to phases."""
+
+    @functools.wraps(function)
+    def apply(directions, u, **options):
+        M, D, B, J = u.shape
+        y = function(directions, from_phases(u), **options)
+        return to_phases(y.reshape(B, M * J, len(directions), D), M)
+
+    return apply
+
+
+# (directions, u [M, D, B, J], discretization=, reverse=) -> y [M, R, D, B, J]
 _FUNCTIONS = {
-    "recurrent": _one_by_one(recurrent),
-    "associative": _one_by_one(associative),
-    "fft": fft,
+    "recurrent": _through_positions(_one_by_one(recurrent)),
+    "associative": _through_positions(_one_by_one(associative)),
+    "fft": _through_positions(fft),
     "chunked": chunked,
 }
 
 
-def _function(method: str, platform: str):
+def _function(method: str, platform: str) -> Callable:
     if method != "pallas":
         return _FUNCTIONS[method]
     if platform not in _PALLAS:
@@ -58,27 +75,65 @@ def _function(method: str, platform: str):
     return _PALLAS[platform]
 
 
-def _apply(directions, reverse, u, method, discretization, platform):
+def _check(directions: Sequence[SSMParams], u: jax.Array, dimensions: str) -> None:
+    """ValueError unless u has these dimensions, of which D is that of the parameters."""
+    for D in (params.dt.shape[0] for params in directions):
+        if u.ndim != len(dimensions) or u.shape[dimensions.index("D")] != D:
+            expected = ", ".join(dimensions)
+            raise ValueError(f"u must be [{expected}] with D = {D} as in the SSM's parameters, got shape {u.shape}")
+    if not jnp.issubdtype(u.dtype, jnp.floating):
+        raise ValueError(f"u must be of a float dtype, got {u.dtype}")
+    if 0 in (size for name, size in zip(dimensions, u.shape, strict=True) if name in "LJM"):
+        raise ValueError(f"u must have at least one position, got shape {u.shape}")
+
+
+def ssm_apply_phases(
+    directions: Sequence[SSMParams],
+    u: jax.Array,
+    *,
+    reverse: Sequence[bool],
+    method: str = DEFAULT_METHOD,
+    discretization: str = "zoh",
+    platform: str | None = None,
+) -> jax.Array:
+    """Runs R SSMs over the same sequence, which is laid out in M phases: position j M + m is u[m, :, :, j].
+
+    The layout of `pallas`; an hourglass can make and take it without transposed copies.
+
+    Args:
+      directions: R `SSMParams` of D channels.
+      u: [M, D, B, J] of any float dtype. Any J >= 1.
+      reverse: of each SSM, whether time runs backwards.
+      method: as for `ssm_apply`.
+      discretization: "zoh" or "bilinear".
+      platform: as for `ssm_apply`.
+
+    Returns:
+      y [M, R, D, B, J] in the dtype of `u`.
+
+    Raises:
+      ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
+    """
     if method not in METHODS:
         raise ValueError(f"unknown SSM method {method!r}; choose one of {', '.join(METHODS)}")
     platform = jax.default_backend() if platform is None else platform
     if platform not in PLATFORMS:
         raise ValueError(f"unknown platform {platform!r}; choose one of {', '.join(PLATFORMS)}")
-    for params in directions:
-        if u.ndim != 3 or params.dt.shape[0] != u.shape[-1]:
-            raise ValueError(
-                f"u must be [B, L, D] with D = {params.dt.shape[0]} as in the SSM's parameters, got shape {u.shape}"
-            )
-    if not jnp.issubdtype(u.dtype, jnp.floating):
-        raise ValueError(f"u must be of a float dtype, got {u.dtype}")
-    if u.shape[1] < 1:
-        raise ValueError(f"u must have at least one position, got shape {u.shape}")
+    _check(directions, u, "MDBJ")
+    M, D, _, J = u.shape
     if method == "auto":
-        method = fastest_method(platform, u.dtype.name, *u.shape[1:], 2 * directions[0].Lambda.shape[1])
+        method = fastest_method(platform, u.dtype.name, M * J, D, 2 * directions[0].Lambda.shape[1])
     is_native = u.dtype == jnp.bfloat16 and method in _HALF_PRECISION
     operand = u if is_native else u.astype(jnp.float32)
-    y = _function(method, platform)(directions, operand, discretization=discretization, reverse=reverse)
+    y = _function(method, platform)(directions, operand, discretization=discretization, reverse=tuple(reverse))
     return y.astype(u.dtype)
+
+
+def _apply(directions, reverse, u, **options):
+    """`ssm_apply_phases` for u [B, L, D], a single phase: [B, L, R * D]."""
+    _check(directions, u, "BLD")
+    y = from_phases(ssm_apply_phases(directions, to_phases(u, 1), reverse=reverse, **options))
+    return y.reshape(*u.shape[:2], -1)
 
 
 def ssm_apply(
@@ -108,7 +163,7 @@ def ssm_apply(
     Raises:
       ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
     """
-    return _apply((params,), (reverse,), u, method, discretization, platform)
+    return _apply((params,), (reverse,), u, method=method, discretization=discretization, platform=platform)
 
 
 def ssm_apply_bidirectional(
@@ -140,4 +195,6 @@ def ssm_apply_bidirectional(
     Raises:
       ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
     """
-    return _apply((forward, backward), (False, True), u, method, discretization, platform)
+    return _apply(
+        (forward, backward), (False, True), u, method=method, discretization=discretization, platform=platform
+    )

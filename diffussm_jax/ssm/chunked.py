@@ -10,7 +10,8 @@ Cut into K chunks of c positions, u becomes rows U_k [1, c], and with S_k [1, N]
 all per channel and in real arithmetic, the real and imaginary parts of the N/2 states side by side. Work and memory
 are linear in L (the same split as SSD, arXiv 2405.21060, section 6, with states that are diagonal and
 time-invariant). The directions share the products: T, V and P of all of them stand side by side (P in blocks), so that
-u is read once for the states and once for the outputs.
+u is read once for the states and once for the outputs. The input comes in M phases (`ssm.phases`), and so do the
+positions of a chunk; it is T, V and P that are put in their order.
 
 The gradient is the same operator transposed: the adjoint states dW run from chunk to chunk in the opposite order,
 
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 from diffussm_jax.ssm.discretize import discretize, transition_powers
 from diffussm_jax.ssm.kernel import real_rows, taps
 from diffussm_jax.ssm.params import SSMParams
+from diffussm_jax.ssm.phases import join_phases, split_phases
 
 CHUNK = 64
 _FLOAT = jnp.float32
@@ -57,8 +59,16 @@ def _toeplitz(K: jax.Array, reverse: bool) -> jax.Array:
     return rows.reshape(D, c, 2 * c - 1)[:, :, :c]
 
 
+def _in_phases(x: jax.Array, num_phases: int, axis: int) -> jax.Array:
+    """Puts an axis of positions in the order of phases."""
+    axis %= x.ndim
+    tokens = x.shape[axis] // num_phases
+    split = x.reshape(*x.shape[:axis], tokens, num_phases, *x.shape[axis + 1 :])
+    return split.swapaxes(axis, axis + 1).reshape(x.shape)
+
+
 def _operators(
-    directions: Sequence[SSMParams], chunk: int, discretization: str, reverse: tuple[bool, ...]
+    directions: Sequence[SSMParams], chunk: int, num_phases: int, discretization: str, reverse: tuple[bool, ...]
 ) -> _Operators:
     toeplitz, write, read, decay = [], [], [], []
     for r, (p, is_reverse) in enumerate(zip(directions, reverse, strict=True)):
@@ -70,9 +80,11 @@ def _operators(
             until_output = jnp.flip(until_output, -1)
         else:
             since_input = jnp.flip(since_input, -1)
-        toeplitz.append(_toeplitz(taps(p, chunk, discretization), is_reverse))
-        write.append(real_rows(since_input, 1).swapaxes(1, 2))
-        own = real_rows(until_output.conj(), 1)  # Re(P S) = Re P Re S - Im P Im S
+        T = _toeplitz(taps(p, chunk, discretization), is_reverse)
+        toeplitz.append(_in_phases(_in_phases(T, num_phases, 1), num_phases, 2))
+        write.append(_in_phases(real_rows(since_input, 1), num_phases, 2).swapaxes(1, 2))
+        # Re(P S) = Re P Re S - Im P Im S
+        own = _in_phases(real_rows(until_output.conj(), 1), num_phases, 2)
         others = (0, 0), (0, 0), (r * chunk, (len(directions) - 1 - r) * chunk)
         read.append(jnp.pad(own, others))
         decay.append(powers[..., -1])
@@ -114,14 +126,16 @@ def _precise_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return _product(equation, a, high) + _product(equation, a, b - high.astype(_FLOAT))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _apply(directions: tuple[SSMParams, ...], U: jax.Array, discretization: str, reverse: tuple[bool, ...]):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _apply(
+    directions: tuple[SSMParams, ...], U: jax.Array, num_phases: int, discretization: str, reverse: tuple[bool, ...]
+):
     """U [D, K, B, c] to Y [D, K, B, R * c]."""
-    return _apply_forward(directions, U, discretization, reverse)[0]
+    return _apply_forward(directions, U, num_phases, discretization, reverse)[0]
 
 
-def _apply_forward(directions, U, discretization, reverse):
-    op = _operators(directions, U.shape[-1], discretization, reverse)
+def _apply_forward(directions, U, num_phases, discretization, reverse):
+    op = _operators(directions, U.shape[-1], num_phases, discretization, reverse)
     Y = _product("dkbj,dji->dkbi", U, op.toeplitz)
     if U.shape[1] == 1:
         return Y.astype(U.dtype), (directions, U, None)
@@ -129,9 +143,9 @@ def _apply_forward(directions, U, discretization, reverse):
     return (Y + _product("dkbn,dni->dkbi", S, op.read)).astype(U.dtype), (directions, U, S)
 
 
-def _apply_backward(discretization, reverse, residuals, dY):
+def _apply_backward(num_phases, discretization, reverse, residuals, dY):
     directions, U, S = residuals
-    op, pull_back = jax.vjp(lambda p: _operators(p, U.shape[-1], discretization, reverse), directions)
+    op, pull_back = jax.vjp(lambda p: _operators(p, U.shape[-1], num_phases, discretization, reverse), directions)
     dU = _product("dkbi,dji->dkbj", dY, op.toeplitz)
     d_toeplitz = _product("dkbj,dkbi->dji", U, dY)
     if S is None:
@@ -170,24 +184,28 @@ def chunked(
     reverse: tuple[bool, ...],
     chunk: int = CHUNK,
 ) -> jax.Array:
-    """R SSMs over the same u [B, L, D], each forward or backward: y [B, L, R * D] in the dtype of u.
+    """R SSMs over the same u, each forward or backward.
 
     The operands of matrix products are of that dtype, float32 or bfloat16, but for those that decide over the states,
     which keep float32's digits; sums and the states' recurrence are float32.
 
     Args:
       directions: R `SSMParams` of D channels.
-      u: [B, L, D] float32 or bfloat16.
+      u: [M, D, B, J] float32 or bfloat16, in phases. They are interleaved first if M does not divide the chunk.
       discretization: "zoh" or "bilinear".
       reverse: of each direction, whether time runs backwards.
       chunk: c, positions.
 
     Returns:
-      y [B, L, R * D] in the dtype of `u`.
+      y [M, R, D, B, J] in the dtype of `u`.
     """
-    B, L, D = u.shape
-    c = min(L, chunk)
-    K = -(-L // c)
-    U = jnp.pad(u, ((0, 0), (0, K * c - L), (0, 0))).reshape(B, K, c, D).transpose(3, 1, 0, 2)
-    Y = _apply(tuple(directions), U, discretization, tuple(reverse)).reshape(D, K, B, -1, c)
-    return Y.transpose(2, 1, 4, 3, 0).reshape(B, K * c, -1)[:, :L]
+    M, D, B, J = u.shape
+    if chunk % M:
+        y = chunked(directions, join_phases(u), discretization=discretization, reverse=reverse, chunk=chunk)
+        return split_phases(y, M)
+    tokens = min(J, chunk // M)
+    K = -(-J // tokens)
+    U = jnp.pad(u, ((0, 0), (0, 0), (0, 0), (0, K * tokens - J))).reshape(M, D, B, K, tokens)
+    U = U.transpose(1, 3, 2, 0, 4).reshape(D, K, B, M * tokens)
+    Y = _apply(tuple(directions), U, M, discretization, tuple(reverse)).reshape(D, K, B, -1, M, tokens)
+    return Y.transpose(4, 3, 0, 2, 1, 5).reshape(M, -1, D, B, K * tokens)[..., :J]

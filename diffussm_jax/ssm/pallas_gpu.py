@@ -33,8 +33,9 @@ directions:
 XLA adds 250 MB for tables, their gradients and the sums over blocks. Blocks of less than 64 sequences take mma.sync, at
 16 sequences at least; the loop over chunks is serial, so that B D should give each multiprocessor a program.
 
-`pallas_gpu` transposes, 1.8 GB for the shape above; `pallas_gpu_channels_first` does not. Between matrix products XLA
-has these read and write most of that layout in place.
+The input comes in M phases (`ssm.phases`), and the positions of a chunk stay in their order: T, V and F are gathered
+to fit. The matrix products of an hourglass write and read that layout as it is: a block of DiffuSSM compiled for an
+H100 has no copy of U, Y or their gradients.
 """
 
 import functools
@@ -50,6 +51,7 @@ from diffussm_jax.ssm.discretize import discretize, transition_powers
 from diffussm_jax.ssm.kernel import taps
 from diffussm_jax.ssm.pallas_gpu_kernels import FLOAT, Geometry, TableRefs, backward_kernel, forward_kernel
 from diffussm_jax.ssm.params import SSMParams
+from diffussm_jax.ssm.phases import join_phases, split_phases
 
 CHUNK = {"float32": 32, "bfloat16": 64}
 MAX_ROWS = {"float32": 32, "bfloat16": 64}  # of a block, of 64 states; fewer of more, for as many registers
@@ -116,25 +118,25 @@ def _gradient(derivative: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _apply(directions, u, g: Geometry, discretization: str):
-    """u [D, B, L] to y [R, D, B, L]."""
+    """u [M, D, B, J] to y [M, R, D, B, J]."""
     return _apply_forward(directions, u, g, discretization)[0]
 
 
 def _apply_forward(directions, u, g, discretization):
-    D, _, L = u.shape
+    M, D, _, J = u.shape
     operands = _operands(*_tables(directions, discretization, g.chunk), u.dtype, u.dtype)
     y = pl.pallas_call(
         functools.partial(forward_kernel, g),
         grid=(len(g.reverse), D, g.num_blocks),  # the first varies fastest: directions share the reads of u
         in_specs=[
-            pl.BlockSpec((None, g.rows, L), lambda r, d, i: (d, i, 0)),
+            pl.BlockSpec((M, None, g.rows, J), lambda r, d, i: (0, d, i, 0)),
             *(
                 pl.BlockSpec((1, None, *x.shape[2:]), lambda r, d, i, x=x: (r, d) + (0,) * (x.ndim - 2))
                 for x in operands
             ),
         ],
-        out_specs=pl.BlockSpec((1, None, g.rows, L), lambda r, d, i: (r, d, i, 0)),
-        out_shape=jax.ShapeDtypeStruct((len(g.reverse), *u.shape), u.dtype),
+        out_specs=pl.BlockSpec((M, None, None, g.rows, J), lambda r, d, i: (0, r, d, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((M, len(g.reverse), *u.shape[1:]), u.dtype),
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
         interpret=g.interpret,
     )(u, *operands)
@@ -143,7 +145,7 @@ def _apply_forward(directions, u, g, discretization):
 
 def _apply_backward(g, discretization, residuals, dy):
     directions, u = residuals
-    (D, _, L), R = u.shape, len(g.reverse)
+    (M, D, _, J), R = u.shape, len(g.reverse)
     tables, pull_back, powers = jax.vjp(lambda p: _tables(p, discretization, g.chunk), directions, has_aux=True)
     operands = _operands(tables, powers, u.dtype, FLOAT)
     sums = [(g.chunk, g.chunk), operands.read.shape[2:], operands.read.shape[2:]]
@@ -151,12 +153,12 @@ def _apply_backward(g, discretization, residuals, dy):
         functools.partial(backward_kernel, g),
         grid=(D, g.num_blocks),
         in_specs=[
-            pl.BlockSpec((None, g.rows, L), lambda d, i: (d, i, 0)),
-            pl.BlockSpec((R, None, g.rows, L), lambda d, i: (0, d, i, 0)),
+            pl.BlockSpec((M, None, g.rows, J), lambda d, i: (0, d, i, 0)),
+            pl.BlockSpec((M, R, None, g.rows, J), lambda d, i: (0, 0, d, i, 0)),
             *(pl.BlockSpec((R, None, *x.shape[2:]), lambda d, i, x=x: (0, d) + (0,) * (x.ndim - 2)) for x in operands),
         ],
         out_specs=[
-            pl.BlockSpec((None, g.rows, L), lambda d, i: (d, i, 0)),
+            pl.BlockSpec((M, None, g.rows, J), lambda d, i: (0, d, i, 0)),
             *(pl.BlockSpec((None, R, None, *x), lambda d, i, x=x: (i, 0, d) + (0,) * len(x)) for x in sums),
         ],
         out_shape=[
@@ -181,57 +183,6 @@ def _power_of_two(size: int) -> int:
     return max(_MIN_SIZE, 1 << (size - 1).bit_length())
 
 
-def pallas_gpu_channels_first(
-    directions: Sequence[SSMParams],
-    u: jax.Array,
-    *,
-    discretization: str,
-    reverse: tuple[bool, ...],
-    interpret: bool = False,
-    max_rows: int | None = None,
-) -> jax.Array:
-    """`pallas_gpu` in the layout of the kernel, which needs no transposition: u [D, B, L] to y [R * D, B, L].
-
-    Args:
-      directions: R `SSMParams` of D channels.
-      u: [D, B, L] float32 or bfloat16.
-      discretization: "zoh" or "bilinear".
-      reverse: of each direction, whether time runs backwards.
-      interpret: whether to run the kernel as plain JAX, on any machine; slow.
-      max_rows: the most sequences that a program of the kernel goes through together: 16, 32 or 64. By default
-        `MAX_ROWS` of the dtype, fewer for N above 64.
-
-    Returns:
-      y [R * D, B, L] in the dtype of `u`.
-
-    Raises:
-      ValueError: `u` is of another dtype, `max_rows` of another size, N above 256, or the discretisation unknown.
-    """
-    if u.dtype.name not in CHUNK:
-        raise ValueError(f"u must be {' or '.join(CHUNK)} for the GPU kernel, got {u.dtype}")
-    N = 2 * directions[0].Lambda.shape[-1]
-    if N > MAX_STATES:
-        raise ValueError(f"the GPU kernel has room for {MAX_STATES} states, got {N}")
-    if max_rows is None:
-        most = MAX_ROWS[u.dtype.name]
-        max_rows = min(most, max(_MIN_SIZE, 64 * most // _power_of_two(N)))
-    if max_rows not in _ROWS:
-        raise ValueError(f"max_rows must be one of {', '.join(map(str, _ROWS))}, got {max_rows}")
-    D, B, L = u.shape
-    chunk, rows = CHUNK[u.dtype.name], min(max_rows, _power_of_two(B))
-    g = Geometry(
-        reverse=tuple(reverse),
-        chunk=chunk,
-        num_chunks=-(-L // chunk),
-        rows=rows,
-        num_blocks=-(-B // rows),
-        interpret=interpret,
-    )
-    u = jnp.pad(u, ((0, 0), (0, g.num_blocks * rows - B), (0, g.num_chunks * chunk - L)))
-    y = _apply(tuple(directions), u, g, discretization)
-    return y[:, :, :B, :L].reshape(len(reverse) * D, B, L)
-
-
 def pallas_gpu(
     directions: Sequence[SSMParams],
     u: jax.Array,
@@ -247,24 +198,45 @@ def pallas_gpu(
 
     Args:
       directions: R `SSMParams` of D channels.
-      u: [B, L, D] float32 or bfloat16. Matrix products take operands of this dtype, float32 ones at full precision.
+      u: [M, D, B, J] float32 or bfloat16: position j M + m of the L = J M is u[m, :, :, j]. Matrix products take
+        operands of this dtype, float32 ones at full precision. Phases are interleaved first if M does not divide the
+        chunks of 64 positions, or of 32 for float32.
       discretization: "zoh" or "bilinear".
       reverse: of each direction, whether time runs backwards.
       interpret: whether to run the kernel as plain JAX, on any machine; slow.
-      max_rows: as for `pallas_gpu_channels_first`.
+      max_rows: the most sequences that a program of the kernel goes through together: 16, 32 or 64. By default
+        `MAX_ROWS` of the dtype, fewer for N above 64.
 
     Returns:
-      y [B, L, R * D] in the dtype of `u`.
+      y [M, R, D, B, J] in the dtype of `u`.
 
     Raises:
       ValueError: `u` is of another dtype, `max_rows` of another size, N above 256, or the discretisation unknown.
     """
-    y = pallas_gpu_channels_first(
-        directions,
-        u.transpose(2, 0, 1),
-        discretization=discretization,
-        reverse=reverse,
+    if u.dtype.name not in CHUNK:
+        raise ValueError(f"u must be {' or '.join(CHUNK)} for the GPU kernel, got {u.dtype}")
+    N = 2 * directions[0].Lambda.shape[-1]
+    if N > MAX_STATES:
+        raise ValueError(f"the GPU kernel has room for {MAX_STATES} states, got {N}")
+    if max_rows is None:
+        most = MAX_ROWS[u.dtype.name]
+        max_rows = min(most, max(_MIN_SIZE, 64 * most // _power_of_two(N)))
+    if max_rows not in _ROWS:
+        raise ValueError(f"max_rows must be one of {', '.join(map(str, _ROWS))}, got {max_rows}")
+    chunk, num_phases = CHUNK[u.dtype.name], u.shape[0]
+    if chunk % num_phases:
+        u = join_phases(u)
+    M, _, B, J = u.shape
+    rows, tokens = min(max_rows, _power_of_two(B)), chunk // M
+    g = Geometry(
+        reverse=tuple(reverse),
+        num_phases=M,
+        chunk=chunk,
+        num_chunks=-(-J // tokens),
+        rows=rows,
+        num_blocks=-(-B // rows),
         interpret=interpret,
-        max_rows=max_rows,
     )
-    return y.transpose(1, 2, 0)
+    u = jnp.pad(u, ((0, 0), (0, 0), (0, g.num_blocks * rows - B), (0, g.num_chunks * tokens - J)))
+    y = _apply(tuple(directions), u, g, discretization)[..., :B, :J]
+    return y if M == num_phases else split_phases(y, num_phases)

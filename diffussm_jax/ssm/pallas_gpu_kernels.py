@@ -1,5 +1,7 @@
 """The kernels of `pallas_gpu`, whose docstring has the equations: one channel, a block of sequences, chunk by chunk.
 
+The positions of a chunk come phase after phase, as they lie in memory: all that depends on their order is T, V and F.
+
 Complex numbers lie along the last axis of real arrays [.., W], real and imaginary part of one state side by side, so
 that matrix products take them whole. In what a tensor core puts out both are registers of one thread, and no data
 moves between threads to multiply them.
@@ -20,7 +22,8 @@ class Geometry(NamedTuple):
     """The static shape of a call."""
 
     reverse: tuple[bool, ...]
-    chunk: int  # c, positions of a chunk
+    num_phases: int  # M
+    chunk: int  # c, positions of a chunk; a multiple of M
     num_chunks: int  # K, of a sequence
     rows: int  # sequences of a block
     num_blocks: int
@@ -31,9 +34,16 @@ class Geometry(NamedTuple):
         is_one = [direction == r for r, is_backward in enumerate(self.reverse) if is_backward]
         return functools.reduce(jnp.logical_or, is_one, direction < 0)
 
-    def positions(self, i, is_reverse):
-        """The slice of the chunk that comes i-th in time."""
-        return pl.ds(jnp.where(is_reverse, self.num_chunks - 1 - i, i) * self.chunk, self.chunk)
+    def position(self, index):
+        """The position in a chunk of what is index-th in memory."""
+        tokens = self.chunk // self.num_phases
+        return jax.lax.rem(index, tokens) * self.num_phases + jax.lax.div(index, tokens)
+
+    def chunk_at(self, i, is_reverse):
+        """Indices of the chunk that comes i-th in time, in [M, rows, J]."""
+        tokens, index = self.chunk // self.num_phases, _iota((self.rows, self.chunk), 1)
+        first = jnp.where(is_reverse, self.num_chunks - 1 - i, i) * tokens
+        return jax.lax.div(index, tokens), _iota(index.shape, 0), first + jax.lax.rem(index, tokens)
 
 
 class TableRefs(NamedTuple):
@@ -76,23 +86,23 @@ def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def _lags(chunk: int, is_reverse) -> jax.Array:
+def _lags(g: Geometry, is_reverse) -> jax.Array:
     """[c, c]: by how much position j (first axis) is before position i."""
-    lag = _iota((chunk, chunk), 1) - _iota((chunk, chunk), 0)
-    return jnp.where(is_reverse, -lag, lag)
+    i, j = (g.position(_iota((g.chunk, g.chunk), axis)) for axis in (1, 0))
+    return jnp.where(is_reverse, j - i, i - j)
 
 
-def _exponents(shape: tuple[int, int], axis: int, is_reverse) -> jax.Array:
+def _exponents(g: Geometry, shape: tuple[int, int], axis: int, is_reverse) -> jax.Array:
     """The exponents in F, of positions along an axis; those in V are c minus them."""
-    position = _iota(shape, axis)
-    return jnp.where(is_reverse, shape[axis] - position, position + 1)
+    position = g.position(_iota(shape, axis))
+    return jnp.where(is_reverse, g.chunk - position, position + 1)
 
 
-def _operators(tables: TableRefs, r: int, is_reverse) -> _Operators:
-    (_, chunk), W, dtype = tables.taps.shape, tables.powers.shape[-1], tables.taps.dtype
-    lag = _lags(chunk, is_reverse)
-    write = chunk - _exponents((chunk, W), 0, is_reverse)
-    read, part = _exponents((W, chunk), 1, is_reverse), _iota((W, chunk), 0)
+def _operators(g: Geometry, tables: TableRefs, r: int, is_reverse) -> _Operators:
+    chunk, W, dtype = g.chunk, tables.powers.shape[-1], tables.taps.dtype
+    lag = _lags(g, is_reverse)
+    write = chunk - _exponents(g, (chunk, W), 0, is_reverse)
+    read, part = _exponents(g, (W, chunk), 1, is_reverse), _iota((W, chunk), 0)
     same, cross = (tables.read[r, i, :][:, None] for i in (0, 1))
     F = same * tables.powers[r, read, part].astype(FLOAT) + cross * tables.powers[r, read, part ^ 1].astype(FLOAT)
     return _Operators(
@@ -104,15 +114,15 @@ def _operators(tables: TableRefs, r: int, is_reverse) -> _Operators:
 
 
 def forward_kernel(g: Geometry, u_ref, *refs):
-    """y [1, rows, L] of one direction from u [rows, L]."""
+    """y [M, rows, J] of one direction from u [M, rows, J]."""
     *tables, y_ref = refs
     is_reverse, dtype = g.is_reverse(pl.program_id(0)), u_ref.dtype
-    T, V, F, A = _operators(TableRefs(*tables), 0, is_reverse)
+    T, V, F, A = _operators(g, TableRefs(*tables), 0, is_reverse)
 
     def body(i, state):
-        here = g.positions(i, is_reverse)
-        u = u_ref[:, here]
-        y_ref[0, :, here] = (_dot(u, T) + _dot(state.astype(dtype), F)).astype(dtype)
+        here = g.chunk_at(i, is_reverse)
+        u = u_ref[here]
+        y_ref[here] = (_dot(u, T) + _dot(state.astype(dtype), F)).astype(dtype)
         return _times(A, state) + _dot(u, V)
 
     jax.lax.fori_loop(0, g.num_chunks, body, jnp.zeros((g.rows, V.shape[1]), FLOAT))
@@ -127,33 +137,33 @@ class _Sums(NamedTuple):
 
 
 def backward_kernel(g: Geometry, u_ref, dy_ref, *refs):
-    """du [rows, L], and of each direction the gradients of its tables, from u [rows, L] and dy [R, rows, L]."""
+    """du [M, rows, J], and the gradients of each direction's tables, from u [M, rows, J] and dy [M, R, rows, J]."""
     *tables, du_ref, d_toeplitz_ref, by_gain_ref, by_log_ref = refs
     tables = TableRefs(*tables)
     for r, is_backward in enumerate(g.reverse):
         if r and not g.interpret:
             pltriton.debug_barrier()  # threads read what others wrote of du
         sums = _adjoint(g, r, not is_backward, u_ref, dy_ref, tables, du_ref)
-        _write_gradients(r, not is_backward, sums, tables, d_toeplitz_ref, by_gain_ref, by_log_ref)
+        _write_gradients(g, r, not is_backward, sums, tables, d_toeplitz_ref, by_gain_ref, by_log_ref)
 
 
 def _adjoint(g: Geometry, r: int, is_reverse: bool, u_ref, dy_ref, tables: TableRefs, du_ref) -> _Sums:
     """Writes the first direction's du, or adds another's to it."""
     dtype = u_ref.dtype
-    T, V, F, A = _operators(tables, r, is_reverse)
-    V_tangent = (1 - _exponents(V.shape, 0, is_reverse).astype(FLOAT) / g.chunk) * V
+    T, V, F, A = _operators(g, tables, r, is_reverse)
+    V_tangent = (1 - _exponents(g, V.shape, 0, is_reverse).astype(FLOAT) / g.chunk) * V
     write, write_tangent = _high_and_low(V, dtype), _high_and_low(V_tangent, dtype)
 
     def body(i, carry):
         state, tangent, sums = carry
-        here = g.positions(i, is_reverse)
-        u, dy = u_ref[:, here], dy_ref[r, :, here]
+        here = phase, row, token = g.chunk_at(i, is_reverse)
+        u, dy = u_ref[here], dy_ref[phase, r, row, token]
         d_toeplitz = sums.toeplitz + _dot(dy, u, (0, 0))
         operand, *low = _high_and_low(state, dtype)
         du = _dot(dy, T) + _dot(operand, F)
         if r:
-            du += du_ref[:, here].astype(FLOAT)
-        du_ref[:, here] = du.astype(dtype)
+            du += du_ref[here].astype(FLOAT)
+        du_ref[here] = du.astype(dtype)
         by_state = sum((_dot(u, part, (0, 0)) for part in low), sums.state + _dot(u, operand, (0, 0)))
         by_tangent = sum((_dot(u, part, (0, 0)) for part in _high_and_low(tangent, dtype)), sums.tangent)
         sums = _Sums(d_toeplitz, by_state, by_tangent)
@@ -167,13 +177,14 @@ def _adjoint(g: Geometry, r: int, is_reverse: bool, u_ref, dy_ref, tables: Table
     return jax.lax.fori_loop(0, g.num_chunks, body, (state, state, sums))[-1]
 
 
-def _write_gradients(r: int, is_reverse: bool, sums: _Sums, tables: TableRefs, d_toeplitz_ref, by_gain_ref, by_log_ref):
+def _write_gradients(g: Geometry, r: int, is_reverse: bool, sums: _Sums, tables: TableRefs, *gradient_refs):
     """Of T [R, c, c], its columns in order of the lag; and products with powers, straight and swapped, [R, 2, W]."""
+    d_toeplitz_ref, by_gain_ref, by_log_ref = gradient_refs
     chunk, W = sums.state.shape
-    lag = _lags(chunk, is_reverse)
+    lag = _lags(g, is_reverse)
     column = jnp.where(lag < 0, lag + chunk, lag)
     d_toeplitz_ref[r, _iota((chunk, chunk), 0), column] = jnp.where(lag < 0, 0.0, sums.toeplitz)
-    exponent, part = _exponents((chunk, W), 0, is_reverse), _iota((chunk, W), 1)
+    exponent, part = _exponents(g, (chunk, W), 0, is_reverse), _iota((chunk, W), 1)
     weighted = exponent.astype(FLOAT) * sums.state + chunk * sums.tangent
     for i in (0, 1):
         powers = tables.powers[r, exponent, part ^ i]

@@ -1,9 +1,8 @@
 """The SSM by chunks as a Pallas kernel for TPUs: products on the matrix unit, states that never leave the chip.
 
-The sequence is cut into chunks of c = 128 positions, one row of a matrix U [rows, c] for each channel; the rows are
-the chunks of one batch entry after another. With s_k the state on entering chunk k, A = Lambda_bar**c, and the gain
-g = 2 C B_bar, a forward channel is (backward: the same with the positions of a chunk and the chunks in the opposite
-order)
+The sequence is cut into chunks of c = 128 positions, one row of a matrix U [rows, c] for each channel. With s_k the
+state on entering chunk k, A = Lambda_bar**c, and the gain g = 2 C B_bar, a forward channel is (backward: the same with
+the positions of a chunk and the chunks in the opposite order)
 
     w_k = sum_j Lambda_bar**(c-1-j) u_kj                     W = U V        V [c, N]  powers of Lambda_bar
     s_k = A s_{k-1} + w_{k-1}                                doubling       s_k += A**d s_{k-d} for d = 1, 2, 4, ..
@@ -19,6 +18,11 @@ crosses the memory bus. The gradient is the same operator transposed,
 
 and dT = U^T dY, dV = U^T dW and dP = dY^T S' are reduced on chip to the gradients of g, of K[0] and of log Lambda_bar:
 the powers Lambda_bar**m give the latter sum_m m conj(Lambda_bar**m) d(Lambda_bar**m).
+
+The input comes in M phases [D, B, J], position j M + m at j of phase m, as the hourglass makes them. A block of the
+kernel is c tokens or more of all phases, of 8 or more sequences, and the matrix unit interleaves the phases: rows are
+chunk after chunk, of all these sequences. XLA writes and reads phases in the products around, without transposed
+copies. A batch that is no multiple of 8 is laid out anew, the chunks of one sequence after another.
 
 Two channels share the lanes of a register: the real parts of one, of the other, then the imaginary parts. Products
 take operands in the dtype of u; sums, states and carries are float32. For bfloat16, the operands that decide over the
@@ -47,6 +51,7 @@ from diffussm_jax.ssm.pallas_tpu_kernels import (
     lane_masks,
 )
 from diffussm_jax.ssm.params import SSMParams
+from diffussm_jax.ssm.phases import join_phases, split_phases
 
 MAX_ROWS = {"float32": 128, "bfloat16": 256}  # of a block, at most 256: there are 8 doublings of A
 
@@ -120,6 +125,12 @@ def _tables(
     return tables, jnp.where(is_real, powers.real, jnp.where(is_P, -powers.imag, powers.imag))
 
 
+def _tile(num_phases: int, g: Geometry) -> tuple[int, int]:
+    """The part of X and Y that a block of `rows` chunks takes."""
+    rows = g.rows if g.stride == 1 else g.stride
+    return rows, g.rows // (num_phases * rows) * CHUNK
+
+
 def _call(kernel, g: Geometry, inputs: dict, outputs: dict, *, is_adjoint: bool, interpret: bool):
     """Calls a kernel over (blocks of channels, directions, blocks of rows).
 
@@ -127,33 +138,37 @@ def _call(kernel, g: Geometry, inputs: dict, outputs: dict, *, is_adjoint: bool,
       kernel: takes the geometry, references to the inputs and the outputs, and a carry.
       g: the geometry.
       inputs: arrays by name, as `outputs`.
-      outputs: shapes by name: "u" [D, rows, c], "y", "dy" and "du" [R * D, rows, c], "carries"
-        [R, num_blocks, D/2, W], all others [R, D or D/2, ..] with one block for all the rows.
+      outputs: shapes by name: "u" [M, D, X, Y], "y", "dy" and "du" [M, R, D, X, Y], "carries"
+        [R, num_blocks, D/2 * stride, W], all others [R, D or D/2, ..] with one block for all the rows.
       is_adjoint: whether the rows come in the order opposite to the direction's.
       interpret: as for `pallas_call`.
     """
-    lanes = inputs["powers"].shape[-1]
-    num_channel_blocks = inputs["u"].shape[0] // CHANNELS
+    lanes, (M, D, _, Y) = inputs["powers"].shape[-1], inputs["u"].shape
+    tile = _tile(M, g)
+    across = Y // tile[1]
+
+    def place(r, i):
+        block = g.block(r, i, is_adjoint=is_adjoint)
+        return jax.lax.div(block, across), jax.lax.rem(block, across)
 
     def spec(name, x):
         if name == "carries":
-            shape = (1, 1, CHANNELS // 2, lanes)
+            shape = (1, 1, CHANNELS // 2 * g.stride, lanes)
             return pl.BlockSpec(shape, lambda d, r, i: (r, g.block(r, i, is_adjoint=is_adjoint), d, 0))
-        if name in ("u", "y", "dy", "du"):
-            stride = 0 if name == "u" else num_channel_blocks
-            return pl.BlockSpec(
-                (CHANNELS, g.rows, CHUNK), lambda d, r, i: (r * stride + d, g.block(r, i, is_adjoint=is_adjoint), 0)
-            )
+        if name == "u":
+            return pl.BlockSpec((M, CHANNELS, *tile), lambda d, r, i: (0, d, *place(r, i)))
+        if name in ("y", "dy", "du"):
+            return pl.BlockSpec((M, 1, CHANNELS, *tile), lambda d, r, i: (0, r, d, *place(r, i)))
         channels = CHANNELS if name == "first_tap" else CHANNELS // 2
         return pl.BlockSpec((1, channels, *x.shape[2:]), lambda d, r, i: (r, d) + (0,) * (x.ndim - 2))
 
     return pl.pallas_call(
         functools.partial(kernel, g),
-        grid=(num_channel_blocks, len(g.reverse), g.num_blocks),
+        grid=(D // CHANNELS, len(g.reverse), g.num_blocks),
         in_specs=[spec(name, x) for name, x in inputs.items()],
         out_specs=[spec(name, x) for name, x in outputs.items()],
         out_shape=list(outputs.values()),
-        scratch_shapes=[pltpu.VMEM((CHANNELS // 2, lanes), FLOAT)],
+        scratch_shapes=[pltpu.VMEM((CHANNELS // 2 * g.stride, lanes), FLOAT)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
     )(*inputs.values())
@@ -161,18 +176,19 @@ def _call(kernel, g: Geometry, inputs: dict, outputs: dict, *, is_adjoint: bool,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _apply(directions, u, g: Geometry, discretization: str, interpret: bool):
-    """u [D, rows, c] to y [R * D, rows, c]."""
+    """u [M, D, X, Y] to y [M, R, D, X, Y]."""
     return _apply_forward(directions, u, g, discretization, interpret)[0]
 
 
 def _apply_forward(directions, u, g, discretization, interpret):
     tables, powers = _tables(directions, discretization, g.reverse)
-    carries = jax.ShapeDtypeStruct((len(g.reverse), g.num_blocks, u.shape[0] // 2, powers.shape[-1]), FLOAT)
+    R, (M, D, *tiles) = len(g.reverse), u.shape
+    carries = jax.ShapeDtypeStruct((R, g.num_blocks, D // 2 * g.stride, powers.shape[-1]), FLOAT)
     y, carries = _call(
         forward_kernel,
         g,
         {"u": u, "first_tap": tables.first_tap, "gain": tables.gain, "powers": powers},
-        {"y": jax.ShapeDtypeStruct((len(g.reverse) * u.shape[0], *u.shape[1:]), u.dtype), "carries": carries},
+        {"y": jax.ShapeDtypeStruct((M, R, D, *tiles), u.dtype), "carries": carries},
         is_adjoint=False,
         interpret=interpret,
     )
@@ -192,7 +208,8 @@ def _apply_backward(g, discretization, interpret, residuals, dy):
         interpret=interpret,
     )
     (d_directions,) = pull_back(_Tables(*d_tables))
-    return d_directions, jnp.sum(du.reshape(-1, *u.shape), 0, dtype=FLOAT).astype(u.dtype)
+    # Added up one by one, which XLA does on the way to whatever comes next; a sum over an axis is a pass of its own.
+    return d_directions, sum(du[:, r].astype(FLOAT) for r in range(len(g.reverse))).astype(u.dtype)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
@@ -200,6 +217,35 @@ _apply.defvjp(_apply_forward, _apply_backward)
 
 def _round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
+
+
+def _as_phases(u: jax.Array, max_rows: int, apply) -> jax.Array:
+    """u [M, D, B, J] as it is, with whole tiles of tokens; B is a multiple of 8. Results like `pallas_tpu`."""
+    M, _, B, J = u.shape
+    stride = max(s for s in range(SUBLANES, B + 1, SUBLANES) if B % s == 0 and M * s <= max_rows)
+    num_tiles = -(-J // CHUNK)
+    across = -(-num_tiles // (max_rows // (M * stride)))
+    per_block = -(-num_tiles // across)
+    y = apply(
+        jnp.pad(u, ((0, 0), (0, 0), (0, 0), (0, across * per_block * CHUNK - J))),
+        num_chunks=across * per_block * M,
+        stride=stride,
+        rows=per_block * M * stride,
+        num_blocks=across * B // stride,
+    )
+    return y[..., :J]
+
+
+def _as_rows(u: jax.Array, max_rows: int, apply) -> jax.Array:
+    """u [M, D, B, J] as one phase [D, B * K, c], one sequence's chunks after another's. Results like `pallas_tpu`."""
+    M, D, B, J = u.shape
+    K = -(-M * J // CHUNK)
+    num_blocks = -(-B * K // max_rows)
+    rows = _round_up(-(-B * K // num_blocks), _ROW_TILE)
+    u = jnp.pad(join_phases(u), ((0, 0), (0, 0), (0, 0), (0, K * CHUNK - M * J)))
+    u = jnp.pad(u.reshape(1, D, B * K, CHUNK), ((0, 0), (0, 0), (0, rows * num_blocks - B * K), (0, 0)))
+    y = apply(u, num_chunks=K, stride=1, rows=rows, num_blocks=num_blocks)[..., : B * K, :]
+    return split_phases(y.reshape(1, -1, D, B, K * CHUNK)[..., : M * J], M)
 
 
 def pallas_tpu(
@@ -217,7 +263,8 @@ def pallas_tpu(
 
     Args:
       directions: R `SSMParams` of D channels.
-      u: [B, L, D] float32 or bfloat16. Matrix products take operands of this dtype, float32 ones at full precision.
+      u: [M, D, B, J] float32 or bfloat16: position j M + m of the L = J M is u[m, :, :, j]. Matrix products take
+        operands of this dtype, float32 ones at full precision.
       discretization: "zoh" or "bilinear".
       reverse: of each direction, whether time runs backwards.
       interpret: whether to run the kernel as plain JAX, on any machine; slow.
@@ -225,7 +272,7 @@ def pallas_tpu(
         16, at most 256. By default `MAX_ROWS` of the dtype.
 
     Returns:
-      y [B, L, R * D] in the dtype of `u`.
+      y [M, R, D, B, J] in the dtype of `u`.
 
     Raises:
       ValueError: `u` is of another dtype, `max_rows` of another size, or the discretisation unknown.
@@ -235,14 +282,10 @@ def pallas_tpu(
     max_rows = MAX_ROWS[u.dtype.name] if max_rows is None else max_rows
     if max_rows % _ROW_TILE or not _ROW_TILE <= max_rows <= 256:
         raise ValueError(f"max_rows must be a multiple of {_ROW_TILE} from {_ROW_TILE} to 256, got {max_rows}")
-    B, L, D = u.shape
-    K = -(-L // CHUNK)
-    num_blocks = -(-B * K // max_rows)
-    g = Geometry(tuple(reverse), K, _round_up(-(-B * K // num_blocks), _ROW_TILE), num_blocks)
-    u = jnp.pad(u, ((0, 0), (0, K * CHUNK - L), (0, -D % CHANNELS)))
-    u = u.transpose(2, 0, 1).reshape(-1, B * K, CHUNK)
-    u = jnp.pad(u, ((0, 0), (0, g.rows * g.num_blocks - B * K), (0, 0)))
-    y = _apply(tuple(directions), u, g, discretization, interpret)[:, : B * K]
-    # One transposition of two axes, which XLA does in one pass.
-    y = y.transpose(1, 2, 0).reshape(B, K * CHUNK, len(reverse), -1)[:, :L, :, :D]
-    return y.reshape(B, L, len(reverse) * D)
+    M, D, B, _ = u.shape
+    lay_out = _as_rows if B % SUBLANES or M * SUBLANES > max_rows else _as_phases
+
+    def apply(u, **sizes):
+        return _apply(tuple(directions), u, Geometry(tuple(reverse), **sizes), discretization, interpret)
+
+    return lay_out(jnp.pad(u, ((0, 0), (0, -D % CHANNELS), (0, 0), (0, 0))), max_rows, apply)[:, :, :D]

@@ -23,6 +23,7 @@ class Geometry(NamedTuple):
 
     reverse: tuple[bool, ...]
     num_chunks: int  # K, of each sequence
+    stride: int  # sequences side by side: row r + stride has the chunk behind that of row r, of the same sequence
     rows: int  # of a block
     num_blocks: int  # of rows
 
@@ -74,6 +75,50 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 def _by_channel(first: jax.Array, second: jax.Array) -> jax.Array:
     """The lanes of the pair's first channel from one array, the others from another."""
     return jnp.where(lane_masks(first.shape)[1], first, second)
+
+
+def interleaving(num_phases: int, dtype: jnp.dtype) -> jax.Array:
+    """The permutation of M c lanes that takes phase after phase to position after position: m c + j to j M + m."""
+    size = num_phases * CHUNK
+    phases, positions = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    return (jax.lax.rem(phases, CHUNK) * num_phases + jax.lax.div(phases, CHUNK) == positions).astype(dtype)
+
+
+def _lanes(x: jax.Array, i: int) -> jax.Array:
+    return x[:, i * CHUNK : (i + 1) * CHUNK]
+
+
+def _read(phases: Sequence[jax.Array], permutation: jax.Array) -> jax.Array:
+    """The chunks of a block, [rows, c], from its M phases [sequences, tokens].
+
+    Tiles of c tokens of all phases, side by side, are M chunks when their lanes are interleaved, which the matrix unit
+    does without rounding.
+    """
+    tokens, dtype = phases[0].shape[1], phases[0].dtype
+    if tokens == CHUNK and len(phases) == 1:
+        return phases[0]
+    phases = [x.astype(FLOAT) for x in phases]  # whole registers of it are 8 rows, of bfloat16 16
+    tiles = [jnp.concatenate([_lanes(x, t) for x in phases], 1) for t in range(tokens // CHUNK)]
+    if len(phases) > 1:
+        tiles = jnp.split(_dot(jnp.concatenate(tiles, 0).astype(dtype), permutation, (1, 0)), len(tiles))
+    return jnp.concatenate([_lanes(x, q) for x in tiles for q in range(len(phases))], 0).astype(dtype)
+
+
+def _write(rows: jax.Array, phases: Sequence, permutation: jax.Array) -> None:
+    """The inverse of `_read`, into references [sequences, tokens]."""
+    num_sequences, tokens = phases[0].shape
+    dtype = phases[0].dtype
+    if tokens == CHUNK and len(phases) == 1:
+        phases[0][...] = rows.astype(dtype)
+        return
+    chunks = jnp.split(rows, rows.shape[0] // num_sequences)
+    M = len(phases)
+    tiles = [jnp.concatenate(chunks[t * M : (t + 1) * M], 1) for t in range(tokens // CHUNK)]
+    if M > 1:
+        tiles = jnp.split(_dot(jnp.concatenate(tiles, 0).astype(dtype), permutation, (1, 1)), len(tiles))
+    for t, tile in enumerate(tiles):
+        for m, ref in enumerate(phases):
+            ref[:, t * CHUNK : (t + 1) * CHUNK] = _lanes(tile, m).astype(dtype)
 
 
 def _products(of_channels: Sequence[jax.Array], b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -153,41 +198,46 @@ class _Order(NamedTuple):
 
     is_reverse: jax.Array
     in_sequence: jax.Array  # [rows, W]: how many chunks of the sequence come before
-    in_block: jax.Array  # [rows, W]: how many rows of the block come before
+    in_block: jax.Array  # [rows, W]: how many chunks of the block come before
 
 
 def _order(g: Geometry, block: jax.Array, is_reverse: jax.Array, lanes: int) -> tuple[_Order, _Order]:
     """The order of a direction, and its opposite."""
     row = jax.lax.broadcasted_iota(jnp.int32, (g.rows, lanes), 0)
-    chunk = jax.lax.rem(block * g.rows + row, g.num_chunks)
-    after_chunk, after_row = g.num_chunks - 1 - chunk, g.rows - 1 - row
-    up = jnp.where(is_reverse, after_chunk, chunk), jnp.where(is_reverse, after_row, row)
-    down = jnp.where(is_reverse, chunk, after_chunk), jnp.where(is_reverse, row, after_row)
+    per_block = g.rows // g.stride
+    in_block = jax.lax.div(row, g.stride)
+    in_sequence = jax.lax.rem(block * per_block + in_block, g.num_chunks)
+    after_sequence, after_block = g.num_chunks - 1 - in_sequence, per_block - 1 - in_block
+    up = jnp.where(is_reverse, after_sequence, in_sequence), jnp.where(is_reverse, after_block, in_block)
+    down = jnp.where(is_reverse, in_sequence, after_sequence), jnp.where(is_reverse, in_block, after_block)
     return _Order(is_reverse, *up), _Order(~is_reverse, *down)
 
 
 def _scan(written, carry, steps, order: _Order, g: Geometry):
-    """The states on entering the chunks of a block, [rows, W], and [1, W] on leaving the block's last.
+    """The states on entering the chunks of a block, [rows, W], and [stride, W] on leaving the block's last ones.
 
     Args:
       written: [rows, W], what each chunk adds to the state.
-      carry: [1, W], the state on entering the block's first chunk.
+      carry: [stride, W], the states on entering the block's first chunks.
       steps: the `_factors` of A**(1, 2, 4, ..).
       order: which chunk follows which.
       g: the geometry.
     """
     same, cross = steps
+    per_block = g.rows // g.stride
 
     def previous(x, distance):
-        return pltpu.roll(x, jnp.where(order.is_reverse, g.rows - distance, distance), 0)
+        rows = distance * g.stride
+        return pltpu.roll(x, jnp.where(order.is_reverse, g.rows - rows, rows), 0)
 
-    states = jnp.where(order.in_block == 0, carry, previous(written, 1))
+    entering = carry if g.stride == 1 else jnp.concatenate([carry] * per_block, 0)
+    states = jnp.where(order.in_block == 0, entering, previous(written, 1))
     states = jnp.where(order.in_sequence == 0, 0.0, states)
     reach = jnp.minimum(order.in_sequence, order.in_block)
-    for i in range((min(g.num_chunks, g.rows) - 1).bit_length()):
+    for i in range((min(g.num_chunks, per_block) - 1).bit_length()):
         x = previous(states, 1 << i)
         states = states + jnp.where(reach >= 1 << i, x * same[i : i + 1] + _swap(x) * cross[i : i + 1], 0.0)
-    last, written = (jnp.where(order.is_reverse, x[:1], x[g.rows - 1 :]) for x in (states, written))
+    last, written = (jnp.where(order.is_reverse, x[: g.stride], x[g.rows - g.stride :]) for x in (states, written))
     return states, last * same[:1] + _swap(last) * cross[:1] + written
 
 
@@ -206,12 +256,22 @@ def _power_tables(powers: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Ar
     return V, P, (same[num_high:], cross[num_high:])
 
 
+def _phases(ref, *index) -> list:
+    """References to the phases [sequences, tokens] of a channel."""
+    return [ref.at[(m, *index)] for m in range(ref.shape[0])]
+
+
+def _channels(ref, p, permutation: jax.Array, *index) -> list[jax.Array]:
+    """The chunks [rows, c] of both channels of a pair."""
+    return [_read([x[...] for x in _phases(ref, *index, 2 * p + c)], permutation) for c in (0, 1)]
+
+
 def forward_kernel(g: Geometry, u_ref, first_tap_ref, gain_ref, powers_ref, y_ref, carries_ref, carry_ref):
     """y of a block, and the states on entering it, which the backward kernel starts from."""
     direction, i = pl.program_id(1), pl.program_id(2)
     is_reverse, lanes, dtype = g.is_reverse(direction), powers_ref.shape[-1], u_ref.dtype
     order, _ = _order(g, g.block(direction, i, is_adjoint=False), is_reverse, lanes)
-    mask = _toeplitz_mask(is_reverse)
+    mask, permutation = _toeplitz_mask(is_reverse), interleaving(u_ref.shape[0], dtype)
 
     @pl.when(i == 0)
     def _():
@@ -222,9 +282,9 @@ def forward_kernel(g: Geometry, u_ref, first_tap_ref, gain_ref, powers_ref, y_re
     def pair(p, _):
         V, P, steps = _power_tables(powers_ref[0, p])
         P_operand = P.astype(dtype)
-        u = u_ref[2 * p], u_ref[2 * p + 1]
-        here = pl.ds(p, 1)
-        states, carry_ref[here] = _scan(_products(u, V, (1, 0)), carry_ref[here], steps, order, g)
+        u = _channels(u_ref, p, permutation)
+        here, carried = pl.ds(p, 1), pl.ds(p * g.stride, g.stride)
+        states, carry_ref[carried] = _scan(_products(u, V, (1, 0)), carry_ref[carried], steps, order, g)
         gain = gain_ref[0, here]
         same, cross = _factors(gain)
         read = states * same + _swap(states) * cross
@@ -232,7 +292,8 @@ def forward_kernel(g: Geometry, u_ref, first_tap_ref, gain_ref, powers_ref, y_re
         zeros = jnp.zeros_like(read)
         for c, own in enumerate((_by_channel(read, zeros), _by_channel(zeros, read))):
             T, own = _toeplitz(ring[c : c + 1], mask).astype(dtype), own.astype(dtype)
-            y_ref[2 * p + c] = (_dot(u[c], T, (1, 0)) + _dot(own, P_operand, (1, 1))).astype(dtype)
+            y = _dot(u[c], T, (1, 0)) + _dot(own, P_operand, (1, 1))
+            _write(y, _phases(y_ref, 0, 2 * p + c), permutation)
         return 0
 
     jax.lax.fori_loop(0, CHANNELS // 2, pair, 0)
@@ -256,7 +317,7 @@ def backward_kernel(
     direction, i = pl.program_id(1), pl.program_id(2)
     is_reverse, lanes, dtype = g.is_reverse(direction), powers_ref.shape[-1], u_ref.dtype
     order, opposite = _order(g, g.block(direction, i, is_adjoint=True), is_reverse, lanes)
-    mask = _toeplitz_mask(is_reverse)
+    mask, permutation = _toeplitz_mask(is_reverse), interleaving(u_ref.shape[0], dtype)
     row = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, lanes), 0)
     V_exponents = jnp.where(is_reverse, row, CHUNK - 1 - row).astype(FLOAT)
     P_exponents = CHUNK - V_exponents
@@ -267,24 +328,25 @@ def backward_kernel(
             ref[...] = jnp.zeros_like(ref)
 
     def pair(p, _):
-        here = pl.ds(p, 1)
+        here, carried = pl.ds(p, 1), pl.ds(p * g.stride, g.stride)
         V, P, (same, cross) = _power_tables(powers_ref[0, p])
         V_operand = V.astype(dtype)
-        u, dy = (u_ref[2 * p], u_ref[2 * p + 1]), (dy_ref[2 * p], dy_ref[2 * p + 1])
+        u, dy = _channels(u_ref, p, permutation), _channels(dy_ref, p, permutation, 0)
 
-        states, _ = _scan(_products(u, V, (1, 0)), carries_ref[0, 0, here], (same, cross), order, g)
+        states, _ = _scan(_products(u, V, (1, 0)), carries_ref[0, 0, carried], (same, cross), order, g)
         gain = gain_ref[0, here]
         gain_same, gain_cross = _factors(gain)
         read = states * gain_same + _swap(states) * gain_cross
         d_read = _products(dy, P, (1, 0))
         d_states = d_read * gain_same - _swap(d_read) * gain_cross
-        d_written, carry_ref[here] = _scan(d_states, carry_ref[here], (same, -cross), opposite, g)
+        d_written, carry_ref[carried] = _scan(d_states, carry_ref[carried], (same, -cross), opposite, g)
 
         ring = _ring(first_tap_ref[0, pl.ds(2 * p, 2)], gain, P, is_reverse)
         d_rings, zeros = [], jnp.zeros_like(d_written)
         for c, own in enumerate((_by_channel(d_written, zeros), _by_channel(zeros, d_written))):
             T, own = _toeplitz(ring[c : c + 1], mask).astype(dtype), own.astype(dtype)
-            du_ref[2 * p + c] = (_dot(dy[c], T, (1, 1)) + _dot(own, V_operand, (1, 1))).astype(dtype)
+            du = _dot(dy[c], T, (1, 1)) + _dot(own, V_operand, (1, 1))
+            _write(du, _phases(du_ref, 0, 2 * p + c), permutation)
             d_rings.append(_toeplitz_transposed(_dot(u[c], dy[c], (0, 0)), mask))
         d_first_tap, d_gain, d_P = _ring_transposed(jnp.concatenate(d_rings, 0), gain, P, is_reverse)
         d_first_tap_ref[0, pl.ds(2 * p, 2)] += d_first_tap

@@ -9,8 +9,8 @@ from diffussm_jax.models.layers import Linear
 
 EQUATIONS = {
     "bjd,de->bje": ((3, 50, 4), (4, 5), (5,)),
-    "bjd,mde->bjme": ((3, 50, 4), (2, 4, 5), (2, 5)),
-    "bjmrd,mrde->bjme": ((3, 50, 2, 2, 4), (2, 2, 4, 5), (2, 5)),
+    "bjd,mde->mebj": ((3, 50, 4), (2, 4, 5), (2, 5)),
+    "mrdbj,mrde->bjme": ((2, 2, 4, 3, 50), (2, 2, 4, 5), (2, 5)),
     "bd,de->be": ((30, 4), (4, 5), (5,)),
 }
 
@@ -35,16 +35,20 @@ def run(equation, dtype):
 def test_products_and_gradients(equation, dtype, tolerance):
     y, dx, gradients, (x, kernel, bias, dy) = run(equation, dtype)
     of_x, of_kernel, output = equation.replace("->", ",").split(",")
+    # The bias has the output's dimensions that the kernel has, in their order; einsum lays it out as the output.
+    of_bias = "".join(name for name in output if name in of_kernel)
+    ones = "".join(name for name in output if name not in of_kernel)
+    biases = np.einsum(f"{of_bias},{ones}->{output}", bias, np.ones([y.shape[output.index(name)] for name in ones]))
     assert y.dtype == dx.dtype == dtype
     for found, wanted in (
-        (y, np.einsum(equation, x, kernel) + bias),
+        (y, np.einsum(equation, x, kernel) + biases),
         (dx, np.einsum(f"{output},{of_kernel}->{of_x}", dy, kernel)),
     ):
         assert np.linalg.norm(np.float64(found) - wanted) <= tolerance * np.linalg.norm(wanted)
     # Of the operands as they are in bfloat16, so that what is left is how the sum was made: in float32 for both dtypes.
     wanted = {
         "kernel": np.einsum(f"{of_x},{output}->{of_kernel}", x, dy),
-        "bias": dy.sum(tuple(range(dy.ndim - bias.ndim))),
+        "bias": np.einsum(f"{output}->{of_bias}", dy),
     }
     for name, gradient in gradients.items():
         assert gradient.dtype == jnp.float32

@@ -1,5 +1,7 @@
 """The S4D mixer, along the sequence and over a grid: values and gradients are the float64 recurrence's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import oracles
 import pytest
 
 from diffussm_jax.models.mixers import S4D
+from diffussm_jax.ssm import from_phases, to_phases
 
-B, H, W, D = 2, 3, 5, 4
+B, H, W, D, M = 2, 3, 5, 4, 5
 NAMES = {
     (None, True): ["forward", "backward"],
     (None, False): ["forward"],
@@ -22,8 +25,13 @@ BY_COLUMNS = [h * W + w for w in range(W) for h in range(H)]  # which position o
 def mixer_and_input(grid, bidirectional, dtype=jnp.float32, **options):
     model = S4D(state_size=8, grid=grid, bidirectional=bidirectional, **options)
     u = jnp.asarray(oracles.normal(0, B, H * W, D), dtype)
-    params = model.init(jax.random.key(1), u)["params"]
+    params = model.init(jax.random.key(1), to_phases(u, M))["params"]
     return model, params, u
+
+
+def apply(model, params, u):
+    """[B, L, D] to [B, L, R, D]."""
+    return from_phases(model.apply({"params": params}, to_phases(u, M)))
 
 
 def in_order(name):
@@ -56,7 +64,7 @@ def oracle_gradients(params, u, dy):
 def test_values_and_gradients(grid, bidirectional, method):
     model, params, u = mixer_and_input(grid, bidirectional, method=method)
     assert sorted(params) == sorted(NAMES[grid, bidirectional])
-    y, vjp = jax.vjp(lambda params, u: model.apply({"params": params}, u), params, u)
+    y, vjp = jax.vjp(functools.partial(apply, model), params, u)
     assert oracles.relative_error(y, oracle(params, np.asarray(u))) <= 1e-5
     dy = oracles.normal(2, *y.shape)
     found, du = vjp(jnp.asarray(dy))
@@ -77,7 +85,7 @@ def test_scans_by_column_start_with_parameters_of_their_own_and_change_no_others
 
 def test_bfloat16_stays_near_float32():
     model, params, u = mixer_and_input((H, W), True, jnp.bfloat16)
-    y = model.apply({"params": params}, u)
+    y = apply(model, params, u)
     assert y.dtype == jnp.bfloat16
     # Both terms of the sum are rounded, and the sum.
     assert oracles.relative_error(np.asarray(y, np.float32), oracle(params, np.asarray(u, np.float64))) <= 5e-3

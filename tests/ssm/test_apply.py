@@ -5,13 +5,13 @@ not hold the [B, L, D, N/2] states of a sequence, and wrong arguments are refuse
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from ssm_problems import BACKWARD, BOTH, FORWARD, QUICK_COMPILE, errors, problem
 
 from diffussm_jax.ssm import (
     DISCRETIZATIONS,
@@ -50,68 +50,29 @@ BILINEAR_CASES = [
     ("recurrent", "forward", 4096), ("fft", "both", 4096), ("chunked", "forward", 4096),
 ]  # fmt: skip
 
-# Compiling takes most of the time of these tests. Half of it is the optimisation of machine code, left out but where
-# rounding adds up.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
-WELL_COMPILED = 1024
+WELL_COMPILED = 1024  # positions from which rounding adds up
+DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD, "both": BOTH}
 
 
-def _real_parameters(initialization="legs", seed=0, width=D):
-    return init_s4d(jax.random.key(seed), width, N, initialization=initialization)
-
-
-class _Problem(NamedTuple):
-    reals: list  # of each direction
-    params: list
-    u: np.ndarray
-    dy: np.ndarray
-    y: np.ndarray  # of the oracle, as are the gradients
-    d_reals: list
-    du: np.ndarray
-
-
-@functools.cache
 def _problem(direction, length, initialization, discretization="zoh"):
-    backwards = {"forward": [False], "backward": [True], "both": [False, True]}[direction]
-    reals = [_real_parameters(initialization, seed) for seed in range(len(backwards))]
-    params = [to_complex(real) for real in reals]
-    u, dy = oracles.normal(1, B, length, D), oracles.normal(2, B, length, D * len(backwards))
-    outputs, gradients = [], []
-    for real, p, reverse, dy_part in zip(reals, params, backwards, np.split(dy, len(backwards), -1), strict=True):
-        options = {"discretization": discretization, "reverse": reverse}
-        outputs.append(oracles.recurrence(oracles.exactly(real, p), u, **options))
-        gradients.append(oracles.recurrence_gradients(oracles.exactly(real, p), u, dy_part, **options))
-    d_reals, dus = zip(*gradients, strict=True)
-    return _Problem(reals, params, u, dy, np.concatenate(outputs, -1), list(d_reals), sum(dus))
-
-
-def _apply(params, u, method, direction, discretization="zoh"):
-    if direction == "both":
-        return ssm_apply_bidirectional(*params, u, method=method, discretization=discretization)
-    return ssm_apply(*params, u, method=method, discretization=discretization, reverse=direction == "backward")
-
-
-jitted_apply = jax.jit(
-    _apply, static_argnames=("method", "direction", "discretization"), compiler_options=QUICK_COMPILE
-)
-
-
-def _vjp(reals, params, u, dy, method, direction, discretization):
-    y, pull_back = jax.vjp(lambda params, u: _apply(params, u, method, direction, discretization), params, u)
-    d_params, du = pull_back(dy)
-    _, pull_back_to_real = jax.vjp(lambda reals: [to_complex(real) for real in reals], reals)
-    return y, *pull_back_to_real(d_params), du
+    return problem(DIRECTIONS[direction], B, length, D, initialization=initialization, discretization=discretization)
 
 
 @functools.cache
-def _jitted_vjp(is_well_compiled):
-    options = None if is_well_compiled else QUICK_COMPILE
-    return jax.jit(_vjp, static_argnums=(4, 5, 6), compiler_options=options)
+def _function(method, direction, discretization="zoh"):
+    """(params, u) -> y."""
+
+    def apply(params, u):
+        if direction == "both":
+            return ssm_apply_bidirectional(*params, u, method=method, discretization=discretization)
+        return ssm_apply(*params, u, method=method, discretization=discretization, reverse=direction == "backward")
+
+    return apply
 
 
-def _value_and_gradients(reals, params, u, dy, method, direction, discretization="zoh"):
-    """y, the gradients of each direction's real parameters, and du."""
-    return _jitted_vjp(u.shape[1] >= WELL_COMPILED)(reals, params, u, dy, method, direction, discretization)
+@functools.cache
+def _jitted(method, direction, discretization="zoh"):
+    return jax.jit(_function(method, direction, discretization), compiler_options=QUICK_COMPILE)
 
 
 def test_every_method_is_tested():
@@ -127,22 +88,18 @@ def test_every_method_is_tested():
 )
 def test_values_and_gradients(discretization, method, direction, length, initialization):
     p = _problem(direction, length, initialization, discretization)
-    y, d_reals, du = _value_and_gradients(p.reals, p.params, p.u, p.dy, method, direction, discretization)
-    assert y.dtype == np.float32
-    assert oracles.relative_error(y, p.y) < VALUES[method]
-    errors = {"u": oracles.relative_error(du, p.du)}
-    for way, actual, expected in zip(["first", "second"], d_reals, p.d_reals, strict=False):
-        assert sorted(actual) == sorted(oracles.REAL_PARAMETERS)
-        errors |= {f"{name} {way}": oracles.relative_error(actual[name], expected[name]) for name in expected}
-    assert max(errors.values()) < GRADIENTS[method], errors
+    function = _function(method, direction, discretization)
+    of_sequences, of_parameters = errors(function, p, is_quick=length < WELL_COMPILED)
+    assert of_sequences.pop("y") < VALUES[method]
+    gradients = of_sequences | of_parameters
+    assert max(gradients.values()) < GRADIENTS[method], gradients
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_reverse_of_flipped_is_flipped_of_forward(method):
     p = _problem("both", 100, "lin")
-    reals, params = [p.reals[0]] * 2, [p.params[0]] * 2
-    y, _, _ = _value_and_gradients(reals, params, p.u, p.dy, method, "both")
-    y_of_flipped, _, _ = _value_and_gradients(reals, params, np.flip(p.u, 1), p.dy, method, "both")
+    params = [p.params[0]] * 2
+    y, y_of_flipped = (_jitted(method, "both")(params, u) for u in (p.u, np.flip(p.u, 1)))
     forward, backward_of_flipped = np.asarray(y)[..., :D], np.asarray(y_of_flipped)[..., D:]
     assert oracles.relative_error(backward_of_flipped, np.flip(forward, 1)) < VALUES[method]
 
@@ -165,7 +122,7 @@ def test_defaults_are_forward_zoh():
 def test_half_precision_is_rounded_once_on_the_way_out(method, direction, dtype):
     p = _problem(direction, 7, "lin")
     u = jnp.asarray(p.u).astype(dtype)
-    y = jitted_apply(p.params, u, method, direction)
+    y = _jitted(method, direction)(p.params, u)
     assert y.dtype == dtype
     parts = [
         oracles.recurrence(oracles.exactly(real, params), np.asarray(u, np.float64), reverse=reverse)
@@ -178,11 +135,11 @@ def test_half_precision_is_rounded_once_on_the_way_out(method, direction, dtype)
 
 @pytest.mark.parametrize("discretization", DISCRETIZATIONS)
 def test_streaming_is_the_whole_sequence(discretization):
-    params, u = to_complex(_real_parameters("inv")), oracles.normal(5, B, 40, D)
+    params, u = to_complex(init_s4d(jax.random.key(0), D, N, initialization="inv")), oracles.normal(5, B, 40, D)
     one_step = jax.jit(step, static_argnames="discretization")
     state = initial_state(params, B)
     assert state.shape == (B, D, N // 2) and state.dtype == np.complex64
-    y = np.asarray(jitted_apply([params], u, "fft", "forward", discretization))
+    y = np.asarray(_jitted("fft", "forward", discretization)([params], u))
     for i in range(u.shape[1]):
         state, y_i = one_step(params, state, u[:, i], discretization=discretization)
         assert y_i.dtype == np.float32
@@ -190,7 +147,7 @@ def test_streaming_is_the_whole_sequence(discretization):
 
 
 def test_step_keeps_the_dtype_of_the_input_and_a_complex64_state():
-    params = to_complex(_real_parameters())
+    params = to_complex(init_s4d(jax.random.key(0), D, N))
     state, y = jax.jit(step)(params, initial_state(params, B), jnp.ones((B, D), jnp.bfloat16))
     assert y.dtype == jnp.bfloat16 and state.dtype == np.complex64
 
@@ -199,11 +156,11 @@ def test_step_keeps_the_dtype_of_the_input_and_a_complex64_state():
 def test_memory_stays_below_the_states_of_a_sequence(method):
     """Forward and gradients of all at L = 16384, where the states alone would be 1 GB a direction."""
     length, width = 16384, 256
-    real = jax.eval_shape(lambda: _real_parameters(width=width))
+    real = jax.eval_shape(lambda: init_s4d(jax.random.key(0), width, N))
     u = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
 
     def loss(reals, u):
-        return jnp.sum(_apply([to_complex(real) for real in reals], u, method, "both") ** 2)
+        return jnp.sum(_function(method, "both")([to_complex(real) for real in reals], u) ** 2)
 
     lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower([real, real], u)
     compiled = lowered.compile(QUICK_COMPILE)  # the buffers are the same
@@ -214,7 +171,7 @@ def _call(function, u_shape, widths=(D, D), **options):
     """The shape of the result: arguments are refused before anything is computed."""
 
     def call():
-        params = [to_complex(_real_parameters(width=width)) for width in widths]
+        params = [to_complex(init_s4d(jax.random.key(0), width, N)) for width in widths]
         return function(*(params[:1] if function is ssm_apply else params), jnp.zeros(u_shape), **options)
 
     return jax.eval_shape(call)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from ssm_problems import BOTH, errors, problem
 
 from diffussm_jax.ssm import INITIALIZATIONS, init_s4d, ssm_apply, ssm_apply_bidirectional, to_complex
 
@@ -17,39 +18,17 @@ RECURRENT_PARAMETERS = 5e-5  # their gradients add up L numbers one after the ot
 
 
 @functools.cache
-def problem(initialization):
-    reals = [init_s4d(jax.random.key(i), D, N, initialization=initialization) for i in range(2)]
-    params = [to_complex(real) for real in reals]
-    # Numbers that bfloat16 has, so that both dtypes have the same problem.
-    u, dy = (np.asarray(jnp.bfloat16(oracles.normal(i, 1, L, i * D))).astype(np.float32) for i in (1, 2))
-    outputs, d_reals, du = [], [], 0
-    for i, real in enumerate(reals):
-        exact, backward = oracles.exactly(real, params[i]), {"reverse": i == 1}
-        outputs.append(oracles.recurrence(exact, u, **backward))
-        d_real, part = oracles.recurrence_gradients(exact, u, dy[..., i * D : (i + 1) * D], **backward)
-        d_reals.append(d_real)
-        du = du + part
-    return reals, params, u, dy, np.concatenate(outputs, -1), d_reals, du
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def value_and_gradients(params, reals, u, dy, method):
-    y, pull_back = jax.vjp(lambda params, u: ssm_apply_bidirectional(*params, u, method=method), params, u)
-    d_params, du = pull_back(dy)
-    _, pull_back_to_real = jax.vjp(lambda reals: [to_complex(real) for real in reals], reals)
-    return y, *pull_back_to_real(d_params), du
+def function(method):
+    return lambda params, u: ssm_apply_bidirectional(*params, u, method=method)
 
 
 @pytest.mark.parametrize("initialization", INITIALIZATIONS)
 @pytest.mark.parametrize(("method", "dtype"), [*((method, "float32") for method in METHODS), ("chunked", "bfloat16")])
 def test_initial_parameters(method, dtype, initialization):
-    reals, params, u, dy, exact_y, exact_d_reals, exact_du = problem(initialization)
-    y, d_reals, du = value_and_gradients(params, reals, jnp.asarray(u, dtype), jnp.asarray(dy, dtype), method)
-    sequences = {"y": oracles.relative_error(y.astype(jnp.float32), exact_y)}
-    sequences["u"] = oracles.relative_error(du.astype(jnp.float32), exact_du)
-    parameters = {}
-    for i, (actual, exact) in enumerate(zip(d_reals, exact_d_reals, strict=True)):
-        parameters |= {f"{name} {i}": oracles.relative_error(actual[name], exact[name]) for name in exact}
+    # Of numbers that bfloat16 has, so that both dtypes have the same problem, whose answers are float64.
+    p = problem(BOTH, 1, L, D, initialization=initialization, dtype="bfloat16")
+    p = p._replace(u=p.u.astype(dtype), dy=p.dy.astype(dtype))
+    sequences, parameters = errors(function(method), p, is_quick=False)
     bound = FLOAT32 if dtype == "float32" else BFLOAT16
     assert max(sequences.values()) < bound, sequences
     assert max(parameters.values()) < (RECURRENT_PARAMETERS if method == "recurrent" else bound), parameters

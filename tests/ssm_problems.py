@@ -1,0 +1,132 @@
+"""Problems for SSMs in one direction or several, with the float64 oracle's answers; how far a function is from them."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+
+from diffussm_jax.ssm import from_phases, init_s4d, to_complex, to_phases
+
+FORWARD, BACKWARD, BOTH = (False,), (True,), (False, True)
+# Compiling takes most of the time of these tests. Half of it is the optimisation of machine code.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+class Problem(NamedTuple):
+    reals: list  # the parameters of each direction, as `init_s4d` has them
+    params: list  # and complex
+    u: jax.Array  # [B, L, D]
+    dy: jax.Array  # [B, L, R * D]
+    y: np.ndarray  # of the oracle, as are the gradients
+    d_reals: list
+    du: np.ndarray
+
+
+@functools.cache
+def problem(reverse, batch, length, width, *, initialization="lin", discretization="zoh", dtype="float32"):
+    reals = [init_s4d(jax.random.key(i), width, 64, initialization=initialization) for i in range(len(reverse))]
+    params = [to_complex(real) for real in reals]
+    u = jnp.asarray(oracles.normal(1, batch, length, width)).astype(dtype)
+    dy = jnp.asarray(oracles.normal(2, batch, length, width * len(reverse))).astype(dtype)
+    exact_u, exact_dy = np.asarray(u, np.float64), np.split(np.asarray(dy, np.float64), len(reverse), -1)
+    outputs, gradients = [], []
+    for real, p, is_reverse, own in zip(reals, params, reverse, exact_dy, strict=True):
+        exact, options = oracles.exactly(real, p), {"discretization": discretization, "reverse": is_reverse}
+        outputs.append(oracles.recurrence(exact, exact_u, **options))
+        gradients.append(oracles.recurrence_gradients(exact, exact_u, own, **options))
+    d_reals, dus = zip(*gradients, strict=True)
+    return Problem(reals, params, u, dy, np.concatenate(outputs, -1), list(d_reals), sum(dus))
+
+
+def _value_and_gradients(function, params, reals, u, dy):
+    y, pull_back = jax.vjp(function, params, u)
+    d_params, du = pull_back(dy)
+    _, pull_back_to_real = jax.vjp(lambda reals: [to_complex(real) for real in reals], reals)
+    return y, *pull_back_to_real(d_params), du
+
+
+_well_compiled = jax.jit(_value_and_gradients, static_argnums=0)
+_quickly_compiled = jax.jit(_value_and_gradients, static_argnums=0, compiler_options=QUICK_COMPILE)
+
+
+def value_and_gradients(function: Callable, p: Problem, *, is_quick: bool = True):
+    """y, the gradients of each direction's real parameters, and du, of function(params, u)."""
+    run = _quickly_compiled if is_quick else _well_compiled
+    return run(function, p.params, p.reals, p.u, p.dy)
+
+
+def errors(function: Callable, p: Problem, *, is_quick: bool = True) -> tuple[dict[str, float], dict[str, float]]:
+    """The relative errors of y and du, and of the gradients of parameters, by name."""
+    y, d_reals, du = value_and_gradients(function, p, is_quick=is_quick)
+    assert y.dtype == du.dtype == p.u.dtype
+    sequences = {"y": (y, p.y), "du": (du, p.du)}
+    of_sequences = {
+        name: oracles.relative_error(x.astype(jnp.float32), exact) for name, (x, exact) in sequences.items()
+    }
+    of_parameters = {}
+    for i, (actual, exact) in enumerate(zip(d_reals, p.d_reals, strict=True)):
+        assert sorted(actual) == sorted(oracles.REAL_PARAMETERS)
+        of_parameters |= {f"{name} {i}": oracles.relative_error(actual[name], exact[name]) for name in exact}
+    return of_sequences, of_parameters
+
+
+@functools.cache
+def from_sequence(kernel: Callable, num_phases: int, reverse, discretization="zoh", **options) -> Callable:
+    """A kernel of phases, interpreted, as (params, u [B, L, D]) -> [B, L, R * D]."""
+
+    def apply(params, u):
+        phases = to_phases(u, num_phases)
+        y = kernel(params, phases, reverse=reverse, discretization=discretization, interpret=True, **options)
+        return from_phases(y).reshape(*u.shape[:2], -1)
+
+    return apply
+
+
+COMPILE_KERNEL = """
+import sys
+import jax
+from jax.sharding import SingleDeviceSharding
+from diffussm_jax.parallel.topology import compile_only_devices, parse_machine
+from diffussm_jax.ssm import init_s4d, ssm_apply_phases, to_complex
+
+machine, dtype, platform, kernel = sys.argv[1:5]
+M, D, B, J, N = map(int, sys.argv[5:])
+
+def vjp(reals, u, dy):
+    def apply(reals, u):
+        params = [to_complex(real) for real in reals]
+        return ssm_apply_phases(params, u, reverse=(False, True), method="pallas", platform=platform)
+    y, pull_back = jax.vjp(apply, reals, u)
+    return y, pull_back(dy)
+
+sharding = SingleDeviceSharding(compile_only_devices(parse_machine(machine))[0])
+shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=sharding)
+real = jax.tree.map(lambda x: shape(x.shape, x.dtype), jax.eval_shape(lambda: init_s4d(jax.random.key(0), D, N)))
+arguments = [real, real], shape((M, D, B, J), dtype), shape((M, 2, D, B, J), dtype)
+print(jax.jit(vjp).lower(*arguments).compile().as_text().count(f'custom_call_target="{kernel}"'), "kernels")
+"""
+
+
+def compiled_kernels(machine: str, platform: str, target: str, shape: tuple[int, ...], dtype: str) -> str:
+    """What is printed of "pallas", forward and gradients, compiled for a machine at M, D, B, J, N.
+
+    In a process of its own: libtpu reads its environment, and CUDA's plugin shall see no other device.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_KERNEL, machine, dtype, platform, target, *map(str, shape)],
+        cwd=Path(__file__).parents[1],
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
