@@ -115,14 +115,14 @@ print(jax.jit(vjp).lower(*arguments).compile().as_text().count(f'custom_call_tar
 """
 
 
-def compiled_kernels(machine: str, platform: str, target: str, shape: tuple[int, ...], dtype: str) -> str:
-    """What is printed of "pallas", forward and gradients, compiled for a machine at M, D, B, J, N.
+def run_apart(script: str, *arguments: object) -> str:
+    """What a script that compiles for another machine prints.
 
     In a process of its own: libtpu reads its environment, and CUDA's plugin shall see no other device.
     """
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE_KERNEL, machine, dtype, platform, target, *map(str, shape)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         cwd=Path(__file__).parents[1],
         env=environment | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -130,3 +130,8 @@ def compiled_kernels(machine: str, platform: str, target: str, shape: tuple[int,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
+
+
+def compiled_kernels(machine: str, platform: str, target: str, shape: tuple[int, ...], dtype: str) -> str:
+    """What is printed of "pallas", forward and gradients, compiled for a machine at M, D, B, J, N."""
+    return run_apart(COMPILE_KERNEL, machine, dtype, platform, target, *shape)

@@ -6,6 +6,7 @@ python -m diffussm_jax.bench ssm --csv=ssm.csv --plot=ssm.png --dtype=bfloat16
 python -m diffussm_jax.bench ssm --write_table
 python -m diffussm_jax.bench ssm --aot=v5e
 python -m diffussm_jax.bench block --sizes=S,XL --image_sizes=256
+python -m diffussm_jax.bench block --sizes=XL --image_sizes=256 --batch_size=16 --aot=v5e
 python -m diffussm_jax.bench step --sizes=XL --image_sizes=256,512 --batch_size=64 --set=model.remat=dots
 python -m diffussm_jax.bench sample --config=configs/digits.py --batch_size=64 --sampler=ddim --steps=50
 python -m diffussm_jax.bench loader --data=latents/imagenet256
@@ -13,8 +14,10 @@ python -m diffussm_jax.bench vae --image_sizes=256,512,1024
 """
 
 import functools
+from collections.abc import Callable, Mapping
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from diffussm_jax import cli
 from diffussm_jax.bench import aot, block, sample, ssm, step, table
@@ -37,7 +40,9 @@ _REPEATS = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "ssm, vae: float32, for --aot bfloat16 by default.", flag_values=_FLAGS
 )
-_AOT = flags.DEFINE_string("aot", None, "ssm: a chip to compile for, not run: v5e, v6e-1, h100.", flag_values=_FLAGS)
+_AOT = flags.DEFINE_string(
+    "aot", None, "ssm, block: a chip to compile for, not run: v5e, v6e-1, h100.", flag_values=_FLAGS
+)
 _PLOT = flags.DEFINE_string("plot", None, "ssm: a PNG of time against L.", flag_values=_FLAGS)
 _WRITE_TABLE = flags.DEFINE_flag(
     flags.Flag(
@@ -100,7 +105,7 @@ def _image_sizes(default: tuple[int, ...]) -> list[int]:
     return [int(text) for text in texts]
 
 
-def _of_configs(module, bench) -> list[dict]:
+def _of_configs(bench: Callable[[ConfigDict], dict], columns: Mapping[str, str], title: str) -> list[dict]:
     """Rows of a benchmark that takes a config."""
     changes = parse_changes(_SET.value)
     if _SAMPLER.value:
@@ -110,8 +115,21 @@ def _of_configs(module, bench) -> list[dict]:
     sizes = {"file": _CONFIG.value, "changes": changes, "batch_size": _BATCH_SIZE.value}
     configs = list(bench_configs(_SIZES.value, _image_sizes(IMAGE_SIZES), **sizes))
     cli.keep_freed_memory()
-    print(f"{machine_name()}; medians of {_REPEATS.value}")
-    return print_rows(configs, functools.partial(bench, repeats=_REPEATS.value), module.COLUMNS)
+    print(title)
+    return print_rows(configs, bench, columns)
+
+
+def _timed(module, bench) -> list[dict]:
+    title = f"{machine_name()}; medians of {_REPEATS.value}"
+    return _of_configs(functools.partial(bench, repeats=_REPEATS.value), module.COLUMNS, title)
+
+
+def _block() -> list[dict]:
+    if _AOT.value is None:
+        return _timed(block, block.bench_block)
+    machine = aot.one_chip(_AOT.value)
+    title = f"compiled for 1 {machine.chip.device_kinds[0]}, not run; the bodies of loops are counted once"
+    return _of_configs(functools.partial(block.count_block, machine=machine), block.AOT_COLUMNS, title)
 
 
 def main(what: str) -> int:
@@ -120,12 +138,12 @@ def main(what: str) -> int:
     if what == "ssm":
         rows = _ssm()
     elif what == "block":
-        rows = _of_configs(block, block.bench_block)
+        rows = _block()
     elif what == "step":
         print("MFU: 3 * 2 * multiply-adds of the forward's linear layers * images/s / peak bfloat16; the SSM excluded")
-        rows = _of_configs(step, step.bench_step)
+        rows = _timed(step, step.bench_step)
     elif what == "sample":
-        rows = _of_configs(sample, sample.bench_sample)
+        rows = _timed(sample, sample.bench_sample)
     elif what == "loader":
         if _DATA.value is None:
             raise ValueError("the loader's benchmark needs --data=FOLDER, a folder of latents")

@@ -8,12 +8,13 @@ figure of bytes is a floor and no measurement: XLA counts the body of a loop onc
 The vector rate is an estimate: a TensorCore computes on registers of 8 x 128 numbers, with 2 such operations a cycle on
 v4 and 4 on v5 (jax-ml.github.io/scaling-book/tpus, appendix C), in whole registers. The clock follows from the peak of
 the 4 matrix units of 128 x 128: 197e12 / (4 * 2 * 128**2) = 1.5 GHz on v5e. Real kernels also wait for loads, for the
-matrix unit's results and for rolls between lanes, which have a unit of their own.
+matrix unit's results and for rolls between lanes, which have a unit of their own. The compiler for GPUs counts nothing:
+there only Pallas calls are.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,8 @@ def bench_aot(
       Two rows a method, the forward pass and forward with all gradients: machine, dtype, B, L, D, N, method, pass,
       compile_s; xla_gb, pallas_gb, gb and bytes_ms; xla_gflop (matrix and vector together); of Pallas calls
       matrix_gflop (passes counted), matrix_ms, vector_gop and vector_ms; memory_mb; loops, in XLA's program, whose
-      bodies are counted once. A time is None where a rate is not known. left_out says why a method did not compile.
+      bodies are counted once. A time is None where a rate is not known, and what XLA counts where it does not.
+      left_out says why a method did not compile.
 
     Raises:
       ValueError: a method is unknown, or the compiler for the machine is not installed.
@@ -94,7 +96,7 @@ def bench_aot(
             row = {"machine": machine.chip.name, "dtype": dtype} | dict(zip("BLDN", shape, strict=True))
             row |= {"method": name, "pass": which}
             try:
-                rows.append(row | _compiled_figures(function, of, machine.chip) | {"left_out": ""})
+                rows.append(row | compiled_figures(function, of, machine.chip) | {"left_out": ""})
             except Exception as error:  # each compiler refuses what it cannot do with errors of its own
                 rows.append(row | dict.fromkeys(_FIGURES) | {"left_out": first_line(error)})
     return rows
@@ -106,7 +108,8 @@ _FIGURES = (
 )
 
 
-def _compiled_figures(function, arguments, chip: Chip) -> dict[str, float | int | None]:
+def compiled_figures(function: Callable, arguments: Sequence, chip: Chip) -> dict[str, float | int | None]:
+    """Compiles a function for abstract arguments of a chip's device, and counts; keys as for `bench_aot`."""
     traced = jax.jit(function).trace(*arguments)
     pallas = pallas_counts(traced.jaxpr, TPU_REGISTER if chip.platform == "tpu" else (1, 1))
     lowered = traced.lower()
@@ -114,12 +117,12 @@ def _compiled_figures(function, arguments, chip: Chip) -> dict[str, float | int 
     compiled = lowered.compile()
     compile_s = time.perf_counter() - start
     costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    xla_bytes = costs.get("bytes accessed", 0) - pallas.stated_bytes
+    all_bytes = costs["bytes accessed"] - pallas.stated_bytes + pallas.bytes if costs else None
     rate = vector_rate(chip)
     figures = (
-        *(compile_s, xla_bytes / 1e9, pallas.bytes / 1e9, (xla_bytes + pallas.bytes) / 1e9),
-        1e3 * (xla_bytes + pallas.bytes) / chip.memory_bandwidth,
-        (costs.get("flops", 0) - pallas.stated_flops) / 1e9,
+        *(compile_s, (all_bytes - pallas.bytes) / 1e9 if costs else None, pallas.bytes / 1e9),
+        *((all_bytes / 1e9, 1e3 * all_bytes / chip.memory_bandwidth) if costs else (None, None)),
+        (costs["flops"] - pallas.stated_flops) / 1e9 if costs else None,
         *(pallas.matrix_ops / 1e9, 1e3 * pallas.matrix_ops / chip.peak_flops),
         *(pallas.vector_ops / 1e9, 1e3 * pallas.vector_ops / rate if rate else None),
         *(memory.peak_memory_in_bytes / 1e6, compiled.as_text().count(" while(")),
@@ -162,14 +165,17 @@ def _line(row: dict) -> str:
     line = f"{row['method']:>12} {row['pass']:>9} "
     if row["left_out"]:
         return f"{line}left out: {row['left_out']}"
-    line += (
-        f"{row['compile_s']:7.1f} s {row['xla_gb']:8.3f} {row['pallas_gb']:7.3f} {row['gb']:8.3f} "
-        f"{row['bytes_ms']:7.2f} {row['memory_mb']:6.0f} MB {row['xla_gflop']:10.1f}{'*' if row['loops'] else ' '}"
-    )
+
+    def cell(name, width, digits):
+        return f"{'-':>{width}}" if row[name] is None else f"{row[name]:{width}.{digits}f}"
+
+    line += f"{row['compile_s']:7.1f} s {cell('xla_gb', 8, 3)} {row['pallas_gb']:7.3f} {cell('gb', 8, 3)} "
+    line += f"{cell('bytes_ms', 7, 2)} {row['memory_mb']:6.0f} MB {cell('xla_gflop', 10, 1)}"
+    line += "*" if row["loops"] else " "
     if not row["pallas_gb"]:
         return line
-    vector_ms = "" if row["vector_ms"] is None else f"{row['vector_ms']:6.2f}"
-    return f"{line}{row['matrix_gflop']:10.1f} {row['matrix_ms']:6.2f} {row['vector_gop']:10.2f} {vector_ms:>6}"
+    line += f"{row['matrix_gflop']:10.1f} {row['matrix_ms']:6.2f} {row['vector_gop']:10.2f} {cell('vector_ms', 6, 2)}"
+    return line
 
 
 def verdict(rows: Sequence[dict]) -> str:

@@ -1,7 +1,8 @@
 """`bench block`: one DiffuSSM block, forward, and forward with all gradients, with its SSM and without.
 
 Without means that Y, [M, R, D, B, J], is U for each of the R directions, broadcast: what surrounds the SSM stays as it
-is. The SSM's share is what the time shrinks by.
+is. The SSM's share is what the time shrinks by. With a chip that is not there, the same programs are compiled and
+counted (`aot`).
 """
 
 import functools
@@ -9,13 +10,22 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from diffussm_jax.bench.aot import compiled_figures
 from diffussm_jax.bench.measure import compile_program, median_seconds, memory_limit
+from diffussm_jax.bench.ssm import PASSES
 from diffussm_jax.build import build_model, input_shape
 from diffussm_jax.models.diffussm import Block
+from diffussm_jax.parallel.mesh import platform_of
+from diffussm_jax.parallel.topology import Machine, compile_only_devices
 from diffussm_jax.plan import DoesNotFitError
 
+AOT_COLUMNS = {
+    **{name: ".2f" for name in ("forward_gb", "gradient_gb", "forward_without_ssm_gb", "gradient_without_ssm_gb")},
+    **{"gradient_bytes_ms": ".2f", "gradient_memory_mb": ".0f", "gradient_compile_s": ".0f"},
+}
 COLUMNS = {
     **{name: ".1f" for name in ("forward_ms", "gradient_ms", "forward_without_ssm_ms", "gradient_without_ssm_ms")},
     **{"forward_ssm_share": ".1%", "gradient_ssm_share": ".1%", "gradient_mb": ".0f"},
@@ -45,6 +55,43 @@ def _functions(block: nn.Module, has_ssm: bool):
     return forward_pass, with_gradients
 
 
+def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int | None]:
+    """Compiles one block of a config's model for a chip, with its SSM and without, at the config's batch; nothing runs.
+
+    Args:
+      config: as for a run; nothing is recomputed, whatever `config.model.remat` says.
+      machine: `one_chip`.
+
+    Returns:
+      The figures of `compiled_figures`, of four programs: forward_gb, gradient_gb, forward_without_ssm_gb, ...
+
+    Raises:
+      ValueError: the compiler for the machine is not installed.
+    """
+    device = compile_only_devices(machine)[0]
+    block, (params, x, c) = _abstract_block(config, platform_of(device))
+    sharding, figures = SingleDeviceSharding(device), {}
+    for has_ssm in (True, False):
+        for which, function, rest in zip(PASSES, _functions(block, has_ssm), ((), (x,)), strict=True):
+            arguments = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (params, x, c, *rest)
+            )
+            found = compiled_figures(function, arguments, machine.chip)
+            prefix = which if has_ssm else f"{which}_without_ssm"
+            figures |= {f"{prefix}_{name}": value for name, value in found.items()}
+    return figures
+
+
+def _abstract_block(config: ConfigDict, platform: str) -> tuple[Block, tuple]:
+    """A block, and its parameters, x and c as shapes."""
+    model = build_model(config, platform)
+    H, W, _ = input_shape(config)
+    block = Block(model.hourglass_ratio, model.mixer_options(H, W), model.dtype)
+    B, J, D = config.batch_size, H * W // model.hourglass_ratio, model.width
+    x, c = (jax.ShapeDtypeStruct(shape, model.dtype) for shape in ((B, J, D), (B, D)))
+    return block, (jax.eval_shape(block.init, jax.random.key(0), x, c)["params"], x, c)
+
+
 def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
     """Times one block of a config's model on one device, at the config's batch and resolution.
 
@@ -59,18 +106,13 @@ def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
     Raises:
       DoesNotFitError: a program needs more memory than there is.
     """
-    model = build_model(config)
-    H, W, _ = input_shape(config)
-    block = Block(model.hourglass_ratio, model.mixer_options(H, W), model.dtype)
-    B, J, D = config.batch_size, H * W // model.hourglass_ratio, model.width
+    block, (_, x, c) = _abstract_block(config, jax.default_backend())
     keys = jax.random.split(jax.random.key(config.seed), 4)
-    x, d_x = (jax.random.normal(key, (B, J, D)).astype(model.dtype) for key in keys[:2])
-    c = jax.random.normal(keys[2], (B, D)).astype(model.dtype)
+    x, d_x, c = (jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys[:3], (x, x, c), strict=True))
     params = jax.jit(block.init)(keys[3], x[:1], c[:1])["params"]
     programs, memory = {}, {}
     for has_ssm in (True, False):
-        pairs = zip(("forward", "gradient"), _functions(block, has_ssm), ((), (d_x,)), strict=True)
-        for which, function, rest in pairs:
+        for which, function, rest in zip(PASSES, _functions(block, has_ssm), ((), (d_x,)), strict=True):
             key = f"{which}_ms" if has_ssm else f"{which}_without_ssm_ms"
             compiled, costs = compile_program(function, params, x, c, *rest)
             if costs.memory_bytes > memory_limit():
@@ -80,8 +122,5 @@ def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
             if has_ssm:
                 memory[f"{which}_mb"] = costs.memory_bytes / 1e6
     times = {key: 1e3 * time for key, time in median_seconds(programs, repeats).items()}
-    shares = {
-        f"{which}_ssm_share": 1 - times[f"{which}_without_ssm_ms"] / times[f"{which}_ms"]
-        for which in ("forward", "gradient")
-    }
+    shares = {f"{which}_ssm_share": 1 - times[f"{which}_without_ssm_ms"] / times[f"{which}_ms"] for which in PASSES}
     return times | shares | memory

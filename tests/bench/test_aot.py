@@ -65,6 +65,37 @@ def test_the_command_compiles_for_tpus(tmp_path):
     assert float(rows[0]["pallas_gb"]) > 3 * 16 * 16 * 128 * 2 / 1e9
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra plan)")
+def test_a_block_compiles_for_tpus(tmp_path):
+    command = [sys.executable, "-m", "diffussm_jax.bench", "block", "--sizes=64", "--image_sizes=256", "--aot=v5e"]
+    command += ["--batch_size=8", f"--csv={tmp_path / 'block.csv'}"]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"JAX_PLATFORMS": "cpu"}
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert "compiled for 1 TPU v5 lite, not run" in out
+    with open(tmp_path / "block.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["forward_pallas_gb"]) > 0 and float(row["forward_without_ssm_pallas_gb"]) == 0
+    assert 0 < float(row["gradient_without_ssm_gb"]) < float(row["gradient_gb"])
+
+
+def test_what_a_compiler_does_not_count_is_not_printed_as_nothing():
+    row = dict.fromkeys(aot._FIGURES, 1.0) | {"method": "pallas", "pass": "forward", "left_out": "", "loops": 0}
+    line = aot._line(row | dict.fromkeys(("xla_gb", "gb", "bytes_ms", "xla_gflop", "vector_ms")))
+    assert line.split() == [
+        "pallas",
+        "forward",
+        "1.0",
+        "s",
+        "-",
+        "1.000",
+        "-",
+        "-",
+        "1",
+        "MB",
+        *"- 1.0 1.00 1.00 -".split(),
+    ]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_the_command_says_what_to_install():
     command = [sys.executable, "-m", "diffussm_jax.bench", "ssm", "--aot=v5e", "--methods=fft"]

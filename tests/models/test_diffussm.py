@@ -1,5 +1,6 @@
 """DiffuSSM is the paper's model: its parameters, its multiply-adds, and its block against the equations in float64."""
 
+import importlib.util
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from ssm_problems import run_apart
 
 from diffussm_jax.models import DIFFUSSM_SIZES, DiffuSSM
 from diffussm_jax.ssm import s4d_inv, s4d_legs, s4d_lin
@@ -271,3 +273,36 @@ def test_unconditional_model_has_no_label_table():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         init_params(DiffuSSM(**{**SMALL, **options}), (4, 4, 1), 0)
+
+
+COPIES = r"""
+import math, re, sys
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from diffussm_jax.models.diffussm import Block
+from diffussm_jax.parallel.topology import compile_only_devices, parse_machine
+
+M, D, B, J = 2, 256, 16, 512
+block = Block(M, {"method": "pallas", "platform": "tpu"}, jnp.bfloat16)
+sharding = SingleDeviceSharding(compile_only_devices(parse_machine("v5e:1x1"))[0])
+x, c = (jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in ((B, J, D), (B, D)))
+params = jax.eval_shape(block.init, jax.random.key(0), x, c)["params"]
+params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
+
+def gradients(params, x, c, d_x):
+    y, pull_back = jax.vjp(lambda *of: block.apply({"params": of[0]}, *of[1:])[0], params, x, c)
+    return y, pull_back(d_x)
+
+text = jax.jit(gradients).lower(params, x, c, x).compile().as_text()
+entry = text[text.index("\nENTRY"):]
+for shape, operation in re.findall(r" = bf16\[([\d,]+)\]\S* (copy|transpose|reshape)\(", entry):
+    if math.prod(map(int, shape.split(","))) >= M * D * B * J:
+        print(operation, shape)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra plan)")
+def test_a_block_that_compiles_for_tpus_copies_u_and_y_once():
+    """U and dY change their layout on the way to the kernels, and what W_down gives on the way to W2: nothing else."""
+    copies = run_apart(COPIES).splitlines()
+    assert len(copies) <= 3 and all(copy.startswith("copy ") for copy in copies), copies
