@@ -49,7 +49,6 @@ def _one_by_one(scan):
 def _through_positions(function: Callable) -> Callable:
     """A function from [B, L, D] to [B, L, R * D] as one from phases to phases."""
 
-    @functools.wraps(function)
     def apply(directions, u, **options):
         M, D, B, J = u.shape
         y = function(directions, from_phases(u), **options)
@@ -62,12 +61,13 @@ def _through_positions(function: Callable) -> Callable:
 _FUNCTIONS = {
     "recurrent": _through_positions(_one_by_one(recurrent)),
     "associative": _through_positions(_one_by_one(associative)),
-    "fft": _through_positions(fft),
     "chunked": chunked,
 }
 
 
 def _function(method: str, platform: str) -> Callable:
+    if method == "fft":
+        return _through_positions(functools.partial(fft, platform=platform))
     if method != "pallas":
         return _FUNCTIONS[method]
     if platform not in _PALLAS:
