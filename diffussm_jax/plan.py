@@ -24,7 +24,6 @@ from collections.abc import Iterator
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
-from scipy.fft import next_fast_len
 
 from diffussm_jax import cli
 from diffussm_jax.build import build_model, build_train_step, input_shape
@@ -34,6 +33,7 @@ from diffussm_jax.parallel.mesh import make_mesh, platform_of
 from diffussm_jax.parallel.topology import Machine, compile_only_devices, parse_machine
 from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.chunked import CHUNK
+from diffussm_jax.ssm.fft import transform_length
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
 _TOPOLOGY = flags.DEFINE_string(
@@ -229,7 +229,7 @@ def ssm_multiply_adds(config: ConfigDict, platform: str) -> int | None:
         K = math.ceil(L / c)
         a_channel = R * K * c * (c + ((1 + R) * model.state_size if K > 1 else 0))
     elif method == "fft":
-        n = next_fast_len(2 * L - 1, real=True)
+        n = transform_length(L, platform)
         a_channel = (1 + R) * 5 / 4 * n * math.log2(n) + 3 * R * (n // 2 + 1)
     else:
         return None

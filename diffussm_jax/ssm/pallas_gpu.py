@@ -49,7 +49,8 @@ from jax.experimental.pallas import triton as pltriton
 
 from diffussm_jax.ssm.discretize import discretize, transition_powers
 from diffussm_jax.ssm.kernel import taps
-from diffussm_jax.ssm.pallas_gpu_kernels import FLOAT, Geometry, TableRefs, backward_kernel, forward_kernel
+from diffussm_jax.ssm.pallas_common import FLOAT
+from diffussm_jax.ssm.pallas_gpu_kernels import Geometry, TableRefs, backward_kernel, forward_kernel
 from diffussm_jax.ssm.params import SSMParams
 from diffussm_jax.ssm.phases import join_phases, split_phases
 

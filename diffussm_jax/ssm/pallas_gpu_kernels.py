@@ -7,7 +7,6 @@ that matrix products take them whole. In what a tensor core puts out both are re
 moves between threads to multiply them.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-FLOAT = jnp.float32
+from diffussm_jax.ssm.pallas_common import FLOAT, dot, high_and_low, runs_backwards
 
 
 class Geometry(NamedTuple):
@@ -28,11 +27,6 @@ class Geometry(NamedTuple):
     rows: int  # sequences of a block
     num_blocks: int
     interpret: bool
-
-    def is_reverse(self, direction):
-        """Whether a direction, a traced number, is backward."""
-        is_one = [direction == r for r, is_backward in enumerate(self.reverse) if is_backward]
-        return functools.reduce(jnp.logical_or, is_one, direction < 0)
 
     def position(self, index):
         """The position in a chunk of what is index-th in memory."""
@@ -60,19 +54,6 @@ class _Operators(NamedTuple):
     write: jax.Array  # V [c, W]
     read: jax.Array  # F [W, c]
     decay: tuple[jax.Array, jax.Array]  # real and imaginary part of A, [1, W/2] each
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """The product of two matrices over an axis of each, float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == FLOAT else None
-    dimensions = ((contract[:1], contract[1:]), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=FLOAT)
-
-
-def _high_and_low(x: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
-    """float32 as a sum of one or two arrays of a dtype."""
-    high = x.astype(dtype)
-    return [high] if dtype == FLOAT else [high, (x - high.astype(FLOAT)).astype(dtype)]
 
 
 def _times(a: tuple[jax.Array, jax.Array], z: jax.Array) -> jax.Array:
@@ -116,14 +97,14 @@ def _operators(g: Geometry, tables: TableRefs, r: int, is_reverse) -> _Operators
 def forward_kernel(g: Geometry, u_ref, *refs):
     """y [M, rows, J] of one direction from u [M, rows, J]."""
     *tables, y_ref = refs
-    is_reverse, dtype = g.is_reverse(pl.program_id(0)), u_ref.dtype
+    is_reverse, dtype = runs_backwards(g.reverse, pl.program_id(0)), u_ref.dtype
     T, V, F, A = _operators(g, TableRefs(*tables), 0, is_reverse)
 
     def body(i, state):
         here = g.chunk_at(i, is_reverse)
         u = u_ref[here]
-        y_ref[here] = (_dot(u, T) + _dot(state.astype(dtype), F)).astype(dtype)
-        return _times(A, state) + _dot(u, V)
+        y_ref[here] = (dot(u, T) + dot(state.astype(dtype), F)).astype(dtype)
+        return _times(A, state) + dot(u, V)
 
     jax.lax.fori_loop(0, g.num_chunks, body, jnp.zeros((g.rows, V.shape[1]), FLOAT))
 
@@ -152,25 +133,25 @@ def _adjoint(g: Geometry, r: int, is_reverse: bool, u_ref, dy_ref, tables: Table
     dtype = u_ref.dtype
     T, V, F, A = _operators(g, tables, r, is_reverse)
     V_tangent = (1 - _exponents(g, V.shape, 0, is_reverse).astype(FLOAT) / g.chunk) * V
-    write, write_tangent = _high_and_low(V, dtype), _high_and_low(V_tangent, dtype)
+    write, write_tangent = high_and_low(V, dtype), high_and_low(V_tangent, dtype)
 
     def body(i, carry):
         state, tangent, sums = carry
         here = phase, row, token = g.chunk_at(i, is_reverse)
         u, dy = u_ref[here], dy_ref[phase, r, row, token]
-        d_toeplitz = sums.toeplitz + _dot(dy, u, (0, 0))
-        operand, *low = _high_and_low(state, dtype)
-        du = _dot(dy, T) + _dot(operand, F)
+        d_toeplitz = sums.toeplitz + dot(dy, u, (0, 0))
+        operand, *low = high_and_low(state, dtype)
+        du = dot(dy, T) + dot(operand, F)
         if r:
             du += du_ref[here].astype(FLOAT)
         du_ref[here] = du.astype(dtype)
-        by_state = sum((_dot(u, part, (0, 0)) for part in low), sums.state + _dot(u, operand, (0, 0)))
-        by_tangent = sum((_dot(u, part, (0, 0)) for part in _high_and_low(tangent, dtype)), sums.tangent)
+        by_state = sum((dot(u, part, (0, 0)) for part in low), sums.state + dot(u, operand, (0, 0)))
+        by_tangent = sum((dot(u, part, (0, 0)) for part in high_and_low(tangent, dtype)), sums.tangent)
         sums = _Sums(d_toeplitz, by_state, by_tangent)
         tangent = _times(A, tangent + state)
         state = _times(A, state)
-        state = sum((_dot(dy, part) for part in write), state)
-        return state, sum((_dot(dy, part) for part in write_tangent), tangent), sums
+        state = sum((dot(dy, part) for part in write), state)
+        return state, sum((dot(dy, part) for part in write_tangent), tangent), sums
 
     state, by_power = (jnp.zeros((rows, V.shape[1]), FLOAT) for rows in (g.rows, g.chunk))
     sums = _Sums(jnp.zeros(T.shape, FLOAT), by_power, by_power)

@@ -22,7 +22,8 @@ the powers Lambda_bar**m give the latter sum_m m conj(Lambda_bar**m) d(Lambda_ba
 The input comes in M phases [D, B, J], position j M + m at j of phase m, as the hourglass makes them. A block of the
 kernel is c tokens or more of all phases, of 8 or more sequences, and the matrix unit interleaves the phases: rows are
 chunk after chunk, of all these sequences. XLA writes and reads phases in the products around, without transposed
-copies. A batch that is no multiple of 8 is laid out anew, the chunks of one sequence after another.
+copies. More than 4 phases are interleaved by XLA first. A batch that is no multiple of 8 is laid out anew, the chunks
+of one sequence after another.
 
 Two channels share the lanes of a register: the real parts of one, of the other, then the imaginary parts. Products
 take operands in the dtype of u; sums, states and carries are float32. For bfloat16, the operands that decide over the
@@ -40,10 +41,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from diffussm_jax.ssm.discretize import discretize, transition_powers
+from diffussm_jax.ssm.pallas_common import FLOAT
 from diffussm_jax.ssm.pallas_tpu_kernels import (
     CHANNELS,
     CHUNK,
-    FLOAT,
     SUBLANES,
     Geometry,
     backward_kernel,
@@ -54,6 +55,7 @@ from diffussm_jax.ssm.params import SSMParams
 from diffussm_jax.ssm.phases import join_phases, split_phases
 
 MAX_ROWS = {"float32": 128, "bfloat16": 256}  # of a block, at most 256: there are 8 doublings of A
+MAX_PHASES = 4  # that the kernel interleaves; the work of it grows with M
 
 _ROW_TILE = 16  # the rows of a tile of bfloat16
 
@@ -283,7 +285,10 @@ def pallas_tpu(
     if max_rows % _ROW_TILE or not _ROW_TILE <= max_rows <= 256:
         raise ValueError(f"max_rows must be a multiple of {_ROW_TILE} from {_ROW_TILE} to 256, got {max_rows}")
     M, D, B, _ = u.shape
-    lay_out = _as_rows if B % SUBLANES or M * SUBLANES > max_rows else _as_phases
+    if M > MAX_PHASES or M * SUBLANES > max_rows:
+        options = {"discretization": discretization, "reverse": reverse, "interpret": interpret, "max_rows": max_rows}
+        return split_phases(pallas_tpu(directions, join_phases(u), **options), M)
+    lay_out = _as_rows if B % SUBLANES else _as_phases
 
     def apply(u, **sizes):
         return _apply(tuple(directions), u, Geometry(tuple(reverse), **sizes), discretization, interpret)

@@ -3,7 +3,6 @@
 Two channels share the lanes of a register: the real parts of one, of the other, then the imaginary parts: W lanes.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from diffussm_jax.ssm.pallas_common import FLOAT, dot, high_and_low, runs_backwards
+
 CHUNK = 128
 CHANNELS = 16  # of a block, so that its 8 pairs of channels fill the sublanes of a register
 SUBLANES = 8
-FLOAT = jnp.float32
 
 
 class Geometry(NamedTuple):
@@ -29,13 +29,8 @@ class Geometry(NamedTuple):
 
     def block(self, direction, i, *, is_adjoint: bool):
         """The block of rows that comes i-th in the order of a direction, or in the opposite one."""
-        is_backward = self.is_reverse(direction) != is_adjoint
+        is_backward = runs_backwards(self.reverse, direction) != is_adjoint
         return jnp.where(is_backward, self.num_blocks - 1 - i, i)
-
-    def is_reverse(self, direction):
-        """Whether a direction, a traced number, is backward."""
-        is_one = [direction == r for r, is_backward in enumerate(self.reverse) if is_backward]
-        return functools.reduce(jnp.logical_or, is_one, direction < 0)
 
 
 def _swap(z: jax.Array) -> jax.Array:
@@ -63,13 +58,6 @@ def _conjugate_product(x: jax.Array, dx: jax.Array, weight: jax.Array | None = N
     same, cross = (jnp.sum(weighted * y, 0, keepdims=True) for y in (dx, _swap(dx)))
     is_real, _ = lane_masks(same.shape)
     return jnp.where(is_real, same + _swap(same), _swap(cross) - cross)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """The product of two matrices over an axis of each, float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == FLOAT else None
-    dimensions = ((contract[:1], contract[1:]), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=FLOAT)
 
 
 def _by_channel(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -100,7 +88,7 @@ def _read(phases: Sequence[jax.Array], permutation: jax.Array) -> jax.Array:
     phases = [x.astype(FLOAT) for x in phases]  # whole registers of it are 8 rows, of bfloat16 16
     tiles = [jnp.concatenate([_lanes(x, t) for x in phases], 1) for t in range(tokens // CHUNK)]
     if len(phases) > 1:
-        tiles = jnp.split(_dot(jnp.concatenate(tiles, 0).astype(dtype), permutation, (1, 0)), len(tiles))
+        tiles = jnp.split(dot(jnp.concatenate(tiles, 0).astype(dtype), permutation, (1, 0)), len(tiles))
     return jnp.concatenate([_lanes(x, q) for x in tiles for q in range(len(phases))], 0).astype(dtype)
 
 
@@ -115,7 +103,7 @@ def _write(rows: jax.Array, phases: Sequence, permutation: jax.Array) -> None:
     M = len(phases)
     tiles = [jnp.concatenate(chunks[t * M : (t + 1) * M], 1) for t in range(tokens // CHUNK)]
     if M > 1:
-        tiles = jnp.split(_dot(jnp.concatenate(tiles, 0).astype(dtype), permutation, (1, 1)), len(tiles))
+        tiles = jnp.split(dot(jnp.concatenate(tiles, 0).astype(dtype), permutation, (1, 1)), len(tiles))
     for t, tile in enumerate(tiles):
         for m, ref in enumerate(phases):
             ref[:, t * CHUNK : (t + 1) * CHUNK] = _lanes(tile, m).astype(dtype)
@@ -127,11 +115,8 @@ def _products(of_channels: Sequence[jax.Array], b: jax.Array, contract: tuple[in
     For bfloat16, b is the sum of two such numbers: u and y are what they are, and the product keeps float32's digits.
     The gradients of parameters are small differences of such products.
     """
-    dtype = of_channels[0].dtype
-    parts = [b.astype(dtype)]
-    if dtype != FLOAT:
-        parts.append((b - parts[0].astype(FLOAT)).astype(dtype))
-    return _by_channel(*(sum(_dot(x, part, contract) for part in parts) for x in of_channels))
+    parts = high_and_low(b, of_channels[0].dtype)
+    return _by_channel(*(sum(dot(x, part, contract) for part in parts) for x in of_channels))
 
 
 def _toeplitz_mask(is_reverse: jax.Array) -> jax.Array:
@@ -162,7 +147,7 @@ def _ring(first_tap: jax.Array, gain: jax.Array, P: jax.Array, is_reverse: jax.A
     Forward, the product of g and P is K[1], .., K[c], and the ring K[0], .., K[c-1]; backward it is K[c], .., K[1],
     and the ring K[0], K[c-1], .., K[1].
     """
-    taps = _dot(_channel_rows(gain), P, (1, 1))
+    taps = dot(_channel_rows(gain), P, (1, 1))
     lane = jax.lax.broadcasted_iota(jnp.int32, taps.shape, 1)
     return jnp.where(lane == 0, first_tap, jnp.where(is_reverse, taps, pltpu.roll(taps, 1, 1)))
 
@@ -172,8 +157,8 @@ def _ring_transposed(d_ring, gain, P, is_reverse) -> tuple[jax.Array, jax.Array,
     is_tap_0 = jax.lax.broadcasted_iota(jnp.int32, d_ring.shape, 1) == 0
     d_taps = jnp.where(is_tap_0, 0.0, d_ring)
     d_taps = jnp.where(is_reverse, d_taps, pltpu.roll(d_taps, CHUNK - 1, 1))
-    d_gain = _dot(d_taps, P, (1, 0))
-    d_P = _dot(d_taps, _channel_rows(gain), (0, 0))
+    d_gain = dot(d_taps, P, (1, 0))
+    d_P = dot(d_taps, _channel_rows(gain), (0, 0))
     return jnp.where(is_tap_0, d_ring, 0.0), _by_channel(d_gain[:1], d_gain[1:]), d_P
 
 
@@ -269,7 +254,7 @@ def _channels(ref, p, permutation: jax.Array, *index) -> list[jax.Array]:
 def forward_kernel(g: Geometry, u_ref, first_tap_ref, gain_ref, powers_ref, y_ref, carries_ref, carry_ref):
     """y of a block, and the states on entering it, which the backward kernel starts from."""
     direction, i = pl.program_id(1), pl.program_id(2)
-    is_reverse, lanes, dtype = g.is_reverse(direction), powers_ref.shape[-1], u_ref.dtype
+    is_reverse, lanes, dtype = runs_backwards(g.reverse, direction), powers_ref.shape[-1], u_ref.dtype
     order, _ = _order(g, g.block(direction, i, is_adjoint=False), is_reverse, lanes)
     mask, permutation = _toeplitz_mask(is_reverse), interleaving(u_ref.shape[0], dtype)
 
@@ -292,7 +277,7 @@ def forward_kernel(g: Geometry, u_ref, first_tap_ref, gain_ref, powers_ref, y_re
         zeros = jnp.zeros_like(read)
         for c, own in enumerate((_by_channel(read, zeros), _by_channel(zeros, read))):
             T, own = _toeplitz(ring[c : c + 1], mask).astype(dtype), own.astype(dtype)
-            y = _dot(u[c], T, (1, 0)) + _dot(own, P_operand, (1, 1))
+            y = dot(u[c], T, (1, 0)) + dot(own, P_operand, (1, 1))
             _write(y, _phases(y_ref, 0, 2 * p + c), permutation)
         return 0
 
@@ -315,7 +300,7 @@ def backward_kernel(
 ):
     """The direction's part of du, and sums over all blocks for the gradients of the tables."""
     direction, i = pl.program_id(1), pl.program_id(2)
-    is_reverse, lanes, dtype = g.is_reverse(direction), powers_ref.shape[-1], u_ref.dtype
+    is_reverse, lanes, dtype = runs_backwards(g.reverse, direction), powers_ref.shape[-1], u_ref.dtype
     order, opposite = _order(g, g.block(direction, i, is_adjoint=True), is_reverse, lanes)
     mask, permutation = _toeplitz_mask(is_reverse), interleaving(u_ref.shape[0], dtype)
     row = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, lanes), 0)
@@ -345,9 +330,9 @@ def backward_kernel(
         d_rings, zeros = [], jnp.zeros_like(d_written)
         for c, own in enumerate((_by_channel(d_written, zeros), _by_channel(zeros, d_written))):
             T, own = _toeplitz(ring[c : c + 1], mask).astype(dtype), own.astype(dtype)
-            du = _dot(dy[c], T, (1, 1)) + _dot(own, V_operand, (1, 1))
+            du = dot(dy[c], T, (1, 1)) + dot(own, V_operand, (1, 1))
             _write(du, _phases(du_ref, 0, 2 * p + c), permutation)
-            d_rings.append(_toeplitz_transposed(_dot(u[c], dy[c], (0, 0)), mask))
+            d_rings.append(_toeplitz_transposed(dot(u[c], dy[c], (0, 0)), mask))
         d_first_tap, d_gain, d_P = _ring_transposed(jnp.concatenate(d_rings, 0), gain, P, is_reverse)
         d_first_tap_ref[0, pl.ds(2 * p, 2)] += d_first_tap
         d_gain_ref[0, here] += d_gain + _conjugate_product(states, d_read)

@@ -16,12 +16,15 @@ from ssm_problems import BACKWARD, BOTH, FORWARD, QUICK_COMPILE, errors, problem
 from diffussm_jax.ssm import (
     DISCRETIZATIONS,
     INITIALIZATIONS,
+    from_phases,
     init_s4d,
     initial_state,
     ssm_apply,
     ssm_apply_bidirectional,
+    ssm_apply_phases,
     step,
     to_complex,
+    to_phases,
 )
 from diffussm_jax.ssm import METHODS as ALL_METHODS
 
@@ -93,6 +96,21 @@ def test_values_and_gradients(discretization, method, direction, length, initial
     assert of_sequences.pop("y") < VALUES[method]
     gradients = of_sequences | of_parameters
     assert max(gradients.values()) < GRADIENTS[method], gradients
+
+
+@pytest.mark.parametrize("num_phases", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_phases_are_the_same_sequence(method, num_phases):
+    """150 positions: two chunks of 64 and a part, which two phases share and three do not."""
+    p = _problem("both", 150, "lin")
+
+    def apply(params, u):
+        y = ssm_apply_phases(params, to_phases(u, num_phases), reverse=BOTH, method=method)
+        return from_phases(y).reshape(B, 150, 2 * D)
+
+    of_sequences, of_parameters = errors(apply, p)
+    assert of_sequences.pop("y") < VALUES[method]
+    assert max((of_sequences | of_parameters).values()) < GRADIENTS[method], of_parameters
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -35,7 +35,8 @@ PARAMETERS = {"float32": 2e-6, "bfloat16": 5e-5}
 # reverse, phases, batch, length, width, initialisation, discretisation, dtype, max_rows. Three sequences are laid out
 # anew: 300 positions are 3 chunks, 1100 are 9: 27 rows, and the second sequence crosses the border of blocks of 16.
 # Eight and more are taken as they are: 260 tokens are three tiles, of M chunks each; 16 rows hold one tile of one
-# phase, 32 one of two phases of 16 sequences or of four of eight, and 16 of 24 sequences do not fit beside each other.
+# phase, 32 one of two phases of 16 sequences or of four of eight, and 24 sequences do not fit beside each other in 16.
+# Three phases in 16 rows, and five in any, are interleaved before the kernel.
 CASES = [
     (FORWARD, 1, 3, 7, 17, "inv", "zoh", "float32", None),
     (BACKWARD, 2, 3, 300, 5, "legs", "bilinear", "float32", None),
@@ -48,6 +49,8 @@ CASES = [
     ((True, False), 4, 8, 600, 3, "legs", "zoh", "bfloat16", 32),
     (BACKWARD, 1, 24, 7, 3, "inv", "zoh", "bfloat16", 16),
     (FORWARD, 3, 8, 399, 3, "lin", "zoh", "float32", 48),
+    (FORWARD, 3, 8, 399, 3, "lin", "zoh", "float32", 16),
+    (BOTH, 5, 8, 200, 3, "legs", "zoh", "bfloat16", None),
 ]
 
 
@@ -120,6 +123,7 @@ def test_blocks_must_be_whole_tiles(max_rows):
         ("v4:2x2x1", "float32", (1, 24, 20, 2000, 64)),
         ("v5e:1x1", "bfloat16", (2, 24, 24, 1000, 64)),
         ("v5e:1x1", "bfloat16", (1, 24, 20, 2000, 64)),
+        ("v5e:1x1", "bfloat16", (4, 24, 8, 100, 64)),
         ("v6e:1x1", "float32", (4, 24, 8, 300, 64)),
     ],
 )
