@@ -16,6 +16,7 @@ python -m diffussm_jax.bench vae --image_sizes=256,512,1024
 import functools
 from collections.abc import Callable, Mapping
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -135,6 +136,8 @@ def _block() -> list[dict]:
 def main(what: str) -> int:
     """Prints the figures; returns the exit code."""
     rows: list[dict] = []
+    if _AOT.value is not None:
+        jax.config.update("jax_platforms", "cpu")  # this computer's accelerator, if it has one, stays free
     if what == "ssm":
         rows = _ssm()
     elif what == "block":

@@ -87,16 +87,14 @@ def bench_aot(
     """
     check_methods(methods)
     device = compile_only_devices(machine)[0]
-    abstract = jax.eval_shape(lambda: ssm_arguments(shape, dtype))
-    sharding = SingleDeviceSharding(device)
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+    arguments = jax.eval_shape(lambda: ssm_arguments(shape, dtype))
     rows, platform = [], platform_of(device)
     for name in methods:
         for which, function, of in zip(PASSES, ssm_functions(name, platform), (arguments[:3], arguments), strict=True):
             row = {"machine": machine.chip.name, "dtype": dtype} | dict(zip("BLDN", shape, strict=True))
             row |= {"method": name, "pass": which}
             try:
-                rows.append(row | compiled_figures(function, of, machine.chip) | {"left_out": ""})
+                rows.append(row | compiled_figures(function, of, device, machine.chip) | {"left_out": ""})
             except Exception as error:  # each compiler refuses what it cannot do with errors of its own
                 rows.append(row | dict.fromkeys(_FIGURES) | {"left_out": first_line(error)})
     return rows
@@ -108,8 +106,12 @@ _FIGURES = (
 )
 
 
-def compiled_figures(function: Callable, arguments: Sequence, chip: Chip) -> dict[str, float | int | None]:
-    """Compiles a function for abstract arguments of a chip's device, and counts; keys as for `bench_aot`."""
+def compiled_figures(
+    function: Callable, arguments: Sequence, device: jax.Device, chip: Chip
+) -> dict[str, float | int | None]:
+    """Compiles a function for the shapes of arguments on a chip's device, and counts; keys as for `bench_aot`."""
+    sharding = SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     traced = jax.jit(function).trace(*arguments)
     pallas = pallas_counts(traced.jaxpr, TPU_REGISTER if chip.platform == "tpu" else (1, 1))
     lowered = traced.lower()
@@ -132,7 +134,6 @@ def compiled_figures(function: Callable, arguments: Sequence, chip: Chip) -> dic
 
 def print_aot(name: str, shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str) -> list[dict]:
     """Prints the figures of `bench_aot`, and at the shape and chip of `BARS` who passes; returns the rows."""
-    jax.config.update("jax_platforms", "cpu")  # this computer's accelerator, if it has one, stays free
     machine, rows = one_chip(name), []
     chip, rate = machine.chip, vector_rate(machine.chip)
     methods = [method for method in methods if method not in TORCH_METHODS]

@@ -10,7 +10,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from diffussm_jax.bench.aot import compiled_figures
@@ -70,13 +69,10 @@ def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int |
     """
     device = compile_only_devices(machine)[0]
     block, (params, x, c) = _abstract_block(config, platform_of(device))
-    sharding, figures = SingleDeviceSharding(device), {}
+    figures = {}
     for has_ssm in (True, False):
         for which, function, rest in zip(PASSES, _functions(block, has_ssm), ((), (x,)), strict=True):
-            arguments = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (params, x, c, *rest)
-            )
-            found = compiled_figures(function, arguments, machine.chip)
+            found = compiled_figures(function, (params, x, c, *rest), device, machine.chip)
             prefix = which if has_ssm else f"{which}_without_ssm"
             figures |= {f"{prefix}_{name}": value for name, value in found.items()}
     return figures

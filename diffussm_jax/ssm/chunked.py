@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from diffussm_jax.ssm.discretize import discretize, transition_powers
 from diffussm_jax.ssm.kernel import real_rows, taps
 from diffussm_jax.ssm.params import SSMParams
-from diffussm_jax.ssm.phases import join_phases, split_phases
+from diffussm_jax.ssm.phases import through_one_phase
 
 CHUNK = 64
 _FLOAT = jnp.float32
@@ -61,7 +61,6 @@ def _toeplitz(K: jax.Array, reverse: bool) -> jax.Array:
 
 def _in_phases(x: jax.Array, num_phases: int, axis: int) -> jax.Array:
     """Puts an axis of positions in the order of phases."""
-    axis %= x.ndim
     tokens = x.shape[axis] // num_phases
     split = x.reshape(*x.shape[:axis], tokens, num_phases, *x.shape[axis + 1 :])
     return split.swapaxes(axis, axis + 1).reshape(x.shape)
@@ -201,8 +200,8 @@ def chunked(
     """
     M, D, B, J = u.shape
     if chunk % M:
-        y = chunked(directions, join_phases(u), discretization=discretization, reverse=reverse, chunk=chunk)
-        return split_phases(y, M)
+        options = {"discretization": discretization, "reverse": reverse, "chunk": chunk}
+        return through_one_phase(functools.partial(chunked, directions, **options), u)
     tokens = min(J, chunk // M)
     K = -(-J // tokens)
     U = jnp.pad(u, ((0, 0), (0, 0), (0, 0), (0, K * tokens - J))).reshape(M, D, B, K, tokens)

@@ -52,7 +52,7 @@ from diffussm_jax.ssm.kernel import taps
 from diffussm_jax.ssm.pallas_common import FLOAT
 from diffussm_jax.ssm.pallas_gpu_kernels import Geometry, TableRefs, backward_kernel, forward_kernel
 from diffussm_jax.ssm.params import SSMParams
-from diffussm_jax.ssm.phases import join_phases, split_phases
+from diffussm_jax.ssm.phases import through_one_phase
 
 CHUNK = {"float32": 32, "bfloat16": 64}
 MAX_ROWS = {"float32": 32, "bfloat16": 64}  # of a block, of 64 states; fewer of more, for as many registers
@@ -224,10 +224,10 @@ def pallas_gpu(
         max_rows = min(most, max(_MIN_SIZE, 64 * most // _power_of_two(N)))
     if max_rows not in _ROWS:
         raise ValueError(f"max_rows must be one of {', '.join(map(str, _ROWS))}, got {max_rows}")
-    chunk, num_phases = CHUNK[u.dtype.name], u.shape[0]
-    if chunk % num_phases:
-        u = join_phases(u)
-    M, _, B, J = u.shape
+    chunk, (M, _, B, J) = CHUNK[u.dtype.name], u.shape
+    if chunk % M:
+        options = {"discretization": discretization, "reverse": reverse, "interpret": interpret, "max_rows": max_rows}
+        return through_one_phase(functools.partial(pallas_gpu, directions, **options), u)
     rows, tokens = min(max_rows, _power_of_two(B)), chunk // M
     g = Geometry(
         reverse=tuple(reverse),
@@ -239,5 +239,4 @@ def pallas_gpu(
         interpret=interpret,
     )
     u = jnp.pad(u, ((0, 0), (0, 0), (0, g.num_blocks * rows - B), (0, g.num_chunks * tokens - J)))
-    y = _apply(tuple(directions), u, g, discretization)[..., :B, :J]
-    return y if M == num_phases else split_phases(y, num_phases)
+    return _apply(tuple(directions), u, g, discretization)[..., :B, :J]

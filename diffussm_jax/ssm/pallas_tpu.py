@@ -52,7 +52,7 @@ from diffussm_jax.ssm.pallas_tpu_kernels import (
     lane_masks,
 )
 from diffussm_jax.ssm.params import SSMParams
-from diffussm_jax.ssm.phases import join_phases, split_phases
+from diffussm_jax.ssm.phases import through_one_phase
 
 MAX_ROWS = {"float32": 128, "bfloat16": 256}  # of a block, at most 256: there are 8 doublings of A
 MAX_PHASES = 4  # that the kernel interleaves; the work of it grows with M
@@ -239,15 +239,15 @@ def _as_phases(u: jax.Array, max_rows: int, apply) -> jax.Array:
 
 
 def _as_rows(u: jax.Array, max_rows: int, apply) -> jax.Array:
-    """u [M, D, B, J] as one phase [D, B * K, c], one sequence's chunks after another's. Results like `pallas_tpu`."""
-    M, D, B, J = u.shape
-    K = -(-M * J // CHUNK)
+    """u [1, D, B, L] as [1, D, B * K, c], one sequence's chunks after another's. Results like `pallas_tpu`."""
+    _, D, B, L = u.shape
+    K = -(-L // CHUNK)
     num_blocks = -(-B * K // max_rows)
     rows = _round_up(-(-B * K // num_blocks), _ROW_TILE)
-    u = jnp.pad(join_phases(u), ((0, 0), (0, 0), (0, 0), (0, K * CHUNK - M * J)))
+    u = jnp.pad(u, ((0, 0), (0, 0), (0, 0), (0, K * CHUNK - L)))
     u = jnp.pad(u.reshape(1, D, B * K, CHUNK), ((0, 0), (0, 0), (0, rows * num_blocks - B * K), (0, 0)))
     y = apply(u, num_chunks=K, stride=1, rows=rows, num_blocks=num_blocks)[..., : B * K, :]
-    return split_phases(y.reshape(1, -1, D, B, K * CHUNK)[..., : M * J], M)
+    return y.reshape(1, -1, D, B, K * CHUNK)[..., :L]
 
 
 def pallas_tpu(
@@ -285,9 +285,9 @@ def pallas_tpu(
     if max_rows % _ROW_TILE or not _ROW_TILE <= max_rows <= 256:
         raise ValueError(f"max_rows must be a multiple of {_ROW_TILE} from {_ROW_TILE} to 256, got {max_rows}")
     M, D, B, _ = u.shape
-    if M > MAX_PHASES or M * SUBLANES > max_rows:
+    if M > 1 and (M > MAX_PHASES or M * SUBLANES > max_rows or B % SUBLANES):
         options = {"discretization": discretization, "reverse": reverse, "interpret": interpret, "max_rows": max_rows}
-        return split_phases(pallas_tpu(directions, join_phases(u), **options), M)
+        return through_one_phase(functools.partial(pallas_tpu, directions, **options), u)
     lay_out = _as_rows if B % SUBLANES else _as_phases
 
     def apply(u, **sizes):

@@ -4,6 +4,8 @@ An hourglass makes and takes M positions from each of J tokens by M products, a 
 before batch and tokens, they need no transposed copies between those products and a kernel that goes along the tokens.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -30,3 +32,8 @@ def join_phases(x: jax.Array) -> jax.Array:
 def split_phases(x: jax.Array, num_phases: int) -> jax.Array:
     """[1, .., B, L] to M phases [M, .., B, L / M]."""
     return jnp.moveaxis(x[0].reshape(*x.shape[1:-1], -1, num_phases), -1, 0)
+
+
+def through_one_phase(apply: Callable[[jax.Array], jax.Array], u: jax.Array) -> jax.Array:
+    """What `apply` gives for u, interleaved before it and taken apart again behind it."""
+    return split_phases(apply(join_phases(u)), u.shape[0])
