@@ -30,8 +30,8 @@ def _directed(spectra: jax.Array, reverse: tuple[bool, ...]) -> jax.Array:
 def transform_length(length: int, platform: str) -> int:
     """How many points to transform for sequences of a length: at least 2L - 1, and a product of small primes.
 
-    On CPUs not a power of two: rows that far apart share a few lines of the cache, and transposing them takes up to
-    seven times as long (L = 16,384, D = 384).
+    On CPUs not a power of two: rows that far apart share a few lines of the cache, and to transform back and transpose
+    takes up to seven times as long (L = 16,384, D = 384).
     """
     if platform != "cpu":
         return next_fast_len(2 * length - 1, real=True)
