@@ -5,7 +5,7 @@ Cut into K chunks of c positions, u becomes rows U_k [1, c], and with S_k [1, N]
     Y_k     = U_k T + S_k P           T [c, c]  Toeplitz of the kernel's first c taps (upper triangular; lower backward)
     S_{k+1} = A S_k + U_k V           V [c, N]  what the chunk's inputs leave in the state at its end
                                       P [N, c]  what the state at its start gives to the outputs
-                                      A [N/2]   Lambda_bar**c, complex
+                                      A [N/2]   Lambda_bar**c, complex, in two parts as in `split_transition`
 
 all per channel and in real arithmetic, the real and imaginary parts of the N/2 states side by side. Work and memory
 are linear in L (the same split as SSD, arXiv 2405.21060, section 6, with states that are diagonal and
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffussm_jax.ssm.discretize import discretize, transition_powers
+from diffussm_jax.ssm.discretize import discretize, split_transition, transition_powers
 from diffussm_jax.ssm.kernel import real_rows, taps
 from diffussm_jax.ssm.params import SSMParams
 from diffussm_jax.ssm.phases import through_one_phase
@@ -43,7 +43,7 @@ class _Operators(NamedTuple):
     toeplitz: jax.Array  # T [D, c, R * c]
     write: jax.Array  # V [D, c, R * N]
     read: jax.Array  # P [D, R * N, R * c], zero where the directions differ
-    decay: jax.Array  # A [R, D, N/2] complex
+    decay: tuple[jax.Array, jax.Array]  # A [R, D, N/2] complex, as root + rest
 
 
 def _toeplitz(K: jax.Array, reverse: bool) -> jax.Array:
@@ -86,16 +86,20 @@ def _operators(
         own = _in_phases(real_rows(until_output.conj(), 1), num_phases, 2)
         others = (0, 0), (0, 0), (r * chunk, (len(directions) - 1 - r) * chunk)
         read.append(jnp.pad(own, others))
-        decay.append(powers[..., -1])
+        decay.append(split_transition(p.Lambda, p.dt, discretization, chunk))
     return _Operators(
-        *(jnp.concatenate(m, axis) for m, axis in ((toeplitz, 2), (write, 2), (read, 1))), jnp.stack(decay)
+        *(jnp.concatenate(m, axis) for m, axis in ((toeplitz, 2), (write, 2), (read, 1))),
+        tuple(jnp.stack(parts) for parts in zip(*decay, strict=True)),
     )
 
 
-def _carry(written: jax.Array, decay: jax.Array, reverse: Sequence[bool], dtype: jnp.dtype) -> jax.Array:
+def _carry(
+    written: jax.Array, decay: tuple[jax.Array, jax.Array], reverse: Sequence[bool], dtype: jnp.dtype
+) -> jax.Array:
     """The state on entering each chunk, from what each chunk adds to it: [D, K, B, R * N] float32, to `dtype`."""
     D, K, B, _ = written.shape
-    half = decay.shape[-1]
+    root, rest = (x[:, :, None] for x in decay)
+    half = root.shape[-1]
 
     def body(i, loop):
         states, current = loop
@@ -104,7 +108,8 @@ def _carry(written: jax.Array, decay: jax.Array, reverse: Sequence[bool], dtype:
             at = (0, K - 1 - i if is_reverse else i, 0, 2 * half * r)
             states = jax.lax.dynamic_update_slice(states, real_rows(state, -1)[:, None].astype(dtype), at)
             added = jax.lax.dynamic_slice(written, at, (D, 1, B, 2 * half))[:, 0]
-            after.append(decay[r][:, None] * state + jax.lax.complex(added[..., :half], added[..., half:]))
+            added = jax.lax.complex(added[..., :half], added[..., half:])
+            after.append(root[r] * state + (rest[r] * state + added))
         return states, after
 
     start = [jnp.zeros((D, B, half), jnp.complex64) for _ in reverse]
@@ -151,12 +156,13 @@ def _apply_backward(num_phases, discretization, reverse, residuals, dY):
         (d_directions,) = pull_back(jax.tree.map(jnp.zeros_like, op)._replace(toeplitz=d_toeplitz))
         return d_directions, dU.astype(U.dtype)
     dS = _precise_product("dkbi,dni->dkbn", dY, op.read)
-    dW = _carry(dS, op.decay.conj(), [not is_reverse for is_reverse in reverse], U.dtype)
+    root, rest = op.decay
+    dW = _carry(dS, (root.conj(), rest.conj()), [not is_reverse for is_reverse in reverse], U.dtype)
     d_op = _Operators(
         toeplitz=d_toeplitz,
         write=_product("dkbj,dkbn->djn", U, dW),
         read=_product("dkbn,dkbi->dni", S, dY),
-        decay=_decay_gradient(S, dW, len(reverse)),
+        decay=(jnp.zeros_like(root), _decay_gradient(S, dW, len(reverse))),
     )
     (d_directions,) = pull_back(d_op)
     return d_directions, (dU + _product("dkbn,djn->dkbj", dW, op.write)).astype(U.dtype)

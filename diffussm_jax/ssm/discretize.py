@@ -89,17 +89,20 @@ def transition_powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, di
     return _powers(Lambda, dt, exponents.astype(jnp.float32), discretization)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def split_transition(Lambda: jax.Array, dt: jax.Array, discretization: str) -> tuple[jax.Array, jax.Array]:
-    """Lambda_bar as root + rest, for a recurrence that applies it thousands of times.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def split_transition(
+    Lambda: jax.Array, dt: jax.Array, discretization: str, num_steps: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Lambda_bar**l as root + rest, for a recurrence that applies it many times.
 
     The root is a complex64 number on the unit circle, the rest 1/160 at most where the state decays slowly, and the
-    sum is Lambda_bar to 2e-9: x -> root x + (rest x + B_bar u) has no systematic error, as a rounded Lambda_bar has.
+    sum is the power to 2e-9: x -> root x + (rest x + B_bar u) has no systematic error, as a rounded Lambda_bar has.
 
     Args:
       Lambda: [D, N/2] complex64.
       dt: [D] float32.
       discretization: "zoh" or "bilinear".
+      num_steps: l, below 2**24.
 
     Returns:
       The root and the rest, [D, N/2] complex64. Gradients flow through the rest.
@@ -108,28 +111,26 @@ def split_transition(Lambda: jax.Array, dt: jax.Array, discretization: str) -> t
       ValueError: the discretisation is unknown.
     """
     _check(discretization)
-    turns, turns_low = _step_turns(Lambda, dt, discretization)
+    turns, turns_low = _turns(Lambda, dt, jnp.float32(num_steps), discretization)
     index, remainder = _nearest_root(turns)
     high, low = jnp.asarray(_ROOTS_HIGH)[index], jnp.asarray(_ROOTS_LOW)[index]
     angle = np.float32(2 * np.pi) * (remainder + turns_low)
-    beyond_root = jnp.expm1(jax.lax.complex(_log_decay(Lambda, dt, discretization), angle))
+    beyond_root = jnp.expm1(jax.lax.complex(num_steps * _log_decay(Lambda, dt, discretization), angle))
     return high, low + (high + low) * beyond_root
 
 
 @split_transition.defjvp
-def _split_transition_jvp(discretization, primals, tangents):
-    root, rest = split_transition(*primals, discretization)
-    d_log = _log_transition_jvp(*primals, *tangents, discretization)
+def _split_transition_jvp(discretization, num_steps, primals, tangents):
+    root, rest = split_transition(*primals, discretization, num_steps)
+    d_log = num_steps * _log_transition_jvp(*primals, *tangents, discretization)
     return (root, rest), (jnp.zeros_like(root), (root + rest) * d_log)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> jax.Array:
     """Lambda_bar**l for exponents l [K] float32: [D, N/2, K] complex64."""
-    turns, turns_low = (x[..., None] for x in _step_turns(Lambda, dt, discretization))
-    total, total_low = _exact_product(turns, exponents)
-    total_low = total_low + turns_low * exponents
-    cos, sin = _cos_sin(total - jnp.round(total) + total_low)
+    turns, turns_low = _turns(Lambda, dt, exponents, discretization)
+    cos, sin = _cos_sin(turns + turns_low)
     magnitude = jnp.exp(_log_decay(Lambda, dt, discretization)[..., None] * exponents)
     return jax.lax.complex(magnitude * cos, magnitude * sin)
 
@@ -173,6 +174,15 @@ def _log_decay(Lambda: jax.Array, dt: jax.Array, discretization: str) -> jax.Arr
         return re
     # With h = z / 2, |1 + h|^2 / |1 - h|^2 = 1 + 4 Re h / |1 - h|^2, and log1p does not round that sum first.
     return jnp.log1p(2 * re / ((1 - re / 2) ** 2 + (im / 2) ** 2)) / 2
+
+
+def _turns(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> tuple[jax.Array, jax.Array]:
+    """The angle of Lambda_bar**l in turns, up to whole ones, as a sum of two floats: [D, N/2, *l.shape] each."""
+    turns, turns_low = _step_turns(Lambda, dt, discretization)
+    if exponents.ndim:
+        turns, turns_low = turns[..., None], turns_low[..., None]
+    total, total_low = _exact_product(turns, exponents)
+    return total - jnp.round(total), total_low + turns_low * exponents
 
 
 def _step_turns(Lambda: jax.Array, dt: jax.Array, discretization: str) -> tuple[jax.Array, jax.Array]:

@@ -19,7 +19,8 @@ needs give the gradients of the parameters too:
 
 Residuals are the parameters and u. All sums stay in registers, and XLA adds those of several blocks of sequences, so
 that the result is the same in every run. Products take operands in the dtype of u; sums and states are float32. For
-bfloat16, what leads to the gradients of parameters is a sum of two such numbers; what leads to y and du is rounded.
+float32, A is the sum of two numbers, since a rounded one adds its error in each of thousands of chunks. For bfloat16,
+what leads to the gradients of parameters is a sum of two such numbers; what leads to y and du is rounded.
 
 No time was measured: there was no GPU. Compiled for an H100, (B, L, D, N) = (64, 1024, 1152, 64), bfloat16, both
 directions:
@@ -47,7 +48,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from diffussm_jax.ssm.discretize import discretize, transition_powers
+from diffussm_jax.ssm.discretize import discretize, split_transition, transition_powers
 from diffussm_jax.ssm.kernel import taps
 from diffussm_jax.ssm.pallas_common import FLOAT
 from diffussm_jax.ssm.pallas_gpu_kernels import Geometry, TableRefs, backward_kernel, forward_kernel
@@ -70,8 +71,15 @@ class _Tables(NamedTuple):
     log_transition: jax.Array  # [R, D, n, 2]: of the gradient of log Lambda_bar; its value is not used
 
 
-def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) -> tuple[_Tables, jax.Array]:
-    """The tables, and powers of Lambda_bar [R, D, c + 1, n, 2] through which no gradients go; n is N/2 filled up."""
+class _Powers(NamedTuple):
+    """Of Lambda_bar of R directions, float32. No gradients go through them."""
+
+    table: jax.Array  # [R, D, c + 1, n, 2]
+    decay: tuple[jax.Array, jax.Array]  # A [R, D, n, 2] as root + rest (`split_transition`)
+
+
+def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) -> tuple[_Tables, _Powers]:
+    """What the kernels are given is made of this; n is N/2 filled up."""
     p = jax.tree.map(lambda *x: jnp.concatenate(x), *directions)
     n = _power_of_two(p.Lambda.shape[-1])
 
@@ -87,10 +95,10 @@ def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) ->
     z = p.Lambda * p.dt[:, None].astype(p.Lambda.dtype)
     if discretization == "bilinear":
         z = z * jax.lax.stop_gradient(1 / ((1 - z / 2) * (1 + z / 2)))
-    powers = transition_powers(p.Lambda, p.dt, jnp.arange(chunk + 1), discretization).swapaxes(1, 2)
-    return _Tables(
-        by_direction(taps(p, chunk, discretization)), pairs(2 * p.C * B_bar), pairs(z)
-    ), jax.lax.stop_gradient(pairs(powers))
+    table = transition_powers(p.Lambda, p.dt, jnp.arange(chunk + 1), discretization).swapaxes(1, 2)
+    root, rest = split_transition(p.Lambda, p.dt, discretization, chunk)
+    powers = jax.lax.stop_gradient(_Powers(pairs(table), (pairs(root), pairs(rest))))
+    return _Tables(by_direction(taps(p, chunk, discretization)), pairs(2 * p.C * B_bar), pairs(z)), powers
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -98,12 +106,14 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def _operands(tables: _Tables, powers: jax.Array, dtype: jnp.dtype, powers_dtype: jnp.dtype) -> TableRefs:
+def _operands(tables: _Tables, powers: _Powers, dtype: jnp.dtype, powers_dtype: jnp.dtype) -> TableRefs:
     re, im = tables.gain[..., 0], tables.gain[..., 1]
     # Re(F s) = Re F Re s - Im F Im s: rows of F are g P and, of the imaginary parts, -g P.
     read = jnp.stack([_flat(jnp.stack([re, -re], -1)), _flat(jnp.stack([-im, -im], -1))], 2)
-    decay = jnp.moveaxis(powers[:, :, -1], -1, 2)
-    return TableRefs(tables.taps.astype(dtype), read, _flat(powers).astype(powers_dtype), decay)
+    root, rest = powers.decay
+    parts = [root, rest] if dtype == FLOAT else [root + rest]
+    decay = jnp.moveaxis(jnp.stack(parts, 2), -1, 3)
+    return TableRefs(tables.taps.astype(dtype), read, _flat(powers.table).astype(powers_dtype), decay)
 
 
 def _complex(products: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ that matrix products take them whole. In what a tensor core puts out both are re
 moves between threads to multiply them.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,21 +48,22 @@ class TableRefs(NamedTuple):
     taps: jax.Array  # [R, c] in the dtype of u: K, with the skip in the first
     read: jax.Array  # [R, 2, W]: the factors of g that make F from powers
     powers: jax.Array  # [R, c + 1, W] of Lambda_bar; in the forward kernel in the dtype of u
-    decay: jax.Array  # [R, 2, W/2]: real and imaginary part of A
+    decay: jax.Array  # [R, p, 2, W/2]: real and imaginary part of the numbers whose sum is A, one or two
 
 
 class _Operators(NamedTuple):
     toeplitz: jax.Array  # T [c, c]
     write: jax.Array  # V [c, W]
     read: jax.Array  # F [W, c]
-    decay: tuple[jax.Array, jax.Array]  # real and imaginary part of A, [1, W/2] each
+    decay: list[tuple[jax.Array, jax.Array]]  # real and imaginary part of each part of A, [1, W/2]
 
 
-def _times(a: tuple[jax.Array, jax.Array], z: jax.Array) -> jax.Array:
-    """The product of complex numbers, of which the first have real and imaginary part apart."""
-    a_re, a_im = a
+def _times(a: Sequence[tuple[jax.Array, jax.Array]], z: jax.Array) -> jax.Array:
+    """The product of complex numbers, of which the first are a sum, with real and imaginary part apart."""
     re, im = jax.lax.unstack(z.reshape(z.shape[0], -1, 2), axis=-1)
-    return jax.lax.stack([a_re * re - a_im * im, a_re * im + a_im * re], axis=-1).reshape(z.shape)
+    products = [(x * re - y * im, x * im + y * re) for x, y in a]
+    parts = [functools.reduce(jnp.add, part) for part in zip(*products, strict=True)]
+    return jax.lax.stack(parts, axis=-1).reshape(z.shape)
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -90,7 +93,7 @@ def _operators(g: Geometry, tables: TableRefs, r: int, is_reverse) -> _Operators
         toeplitz=jnp.where(lag >= 0, tables.taps[r, jnp.maximum(lag, 0)], jnp.zeros((), dtype)),
         write=tables.powers[r, write, _iota((chunk, W), 1)],
         read=F.astype(dtype),
-        decay=tuple(tables.decay[r, i, :][None, :] for i in (0, 1)),
+        decay=[tuple(tables.decay[r, p, i, :][None, :] for i in (0, 1)) for p in range(tables.decay.shape[1])],
     )
 
 

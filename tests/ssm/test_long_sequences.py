@@ -7,28 +7,43 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from ssm_problems import BOTH, errors, problem
+from ssm_problems import BOTH, errors, from_sequence, problem
 
-from diffussm_jax.ssm import INITIALIZATIONS, init_s4d, ssm_apply, ssm_apply_bidirectional, to_complex
+from diffussm_jax.ssm import (
+    DISCRETIZATIONS,
+    INITIALIZATIONS,
+    init_s4d,
+    ssm_apply,
+    ssm_apply_bidirectional,
+    to_complex,
+)
+from diffussm_jax.ssm.pallas_gpu import pallas_gpu
+from diffussm_jax.ssm.pallas_tpu import pallas_tpu
 
 L, D, N = 65_536, 2, 64
 METHODS = ("fft", "chunked", "recurrent")
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}  # interpreted
 FLOAT32, BFLOAT16 = 1e-5, 5e-3
 RECURRENT_PARAMETERS = 5e-5  # their gradients add up L numbers one after the other, in float32
 
 
 @functools.cache
-def function(method):
-    return lambda params, u: ssm_apply_bidirectional(*params, u, method=method)
+def function(method, discretization):
+    if method in KERNELS:
+        return from_sequence(KERNELS[method], 1, BOTH, discretization)
+    return lambda params, u: ssm_apply_bidirectional(*params, u, method=method, discretization=discretization)
 
 
 @pytest.mark.parametrize("initialization", INITIALIZATIONS)
-@pytest.mark.parametrize(("method", "dtype"), [*((method, "float32") for method in METHODS), ("chunked", "bfloat16")])
-def test_initial_parameters(method, dtype, initialization):
+@pytest.mark.parametrize("discretization", DISCRETIZATIONS)
+@pytest.mark.parametrize(
+    ("method", "dtype"), [*((method, "float32") for method in (*METHODS, *KERNELS)), ("chunked", "bfloat16")]
+)
+def test_initial_parameters(method, dtype, discretization, initialization):
     # Of numbers that bfloat16 has, so that both dtypes have the same problem, whose answers are float64.
-    p = problem(BOTH, 1, L, D, initialization=initialization, dtype="bfloat16")
+    p = problem(BOTH, 1, L, D, initialization=initialization, discretization=discretization, dtype="bfloat16")
     p = p._replace(u=p.u.astype(dtype), dy=p.dy.astype(dtype))
-    sequences, parameters = errors(function(method), p, is_quick=False)
+    sequences, parameters = errors(function(method, discretization), p, is_quick=False)
     bound = FLOAT32 if dtype == "float32" else BFLOAT16
     assert max(sequences.values()) < bound, sequences
     assert max(parameters.values()) < (RECURRENT_PARAMETERS if method == "recurrent" else bound), parameters
