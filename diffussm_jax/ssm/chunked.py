@@ -5,13 +5,14 @@ Cut into K chunks of c positions, u becomes rows U_k [1, c], and with S_k [1, N]
     Y_k     = U_k T + S_k P           T [c, c]  Toeplitz of the kernel's first c taps (upper triangular; lower backward)
     S_{k+1} = A S_k + U_k V           V [c, N]  what the chunk's inputs leave in the state at its end
                                       P [N, c]  what the state at its start gives to the outputs
-                                      A [N/2]   Lambda_bar**c, complex, in two parts as in `split_transition`
+                                      A [N/2]   Lambda_bar**c, complex
 
 all per channel and in real arithmetic, the real and imaginary parts of the N/2 states side by side. Work and memory
 are linear in L (the same split as SSD, arXiv 2405.21060, section 6, with states that are diagonal and
-time-invariant). The directions share the products: T, V and P of all of them stand side by side (P in blocks), so that
-u is read once for the states and once for the outputs. The input comes in M phases (`ssm.phases`), and so do the
-positions of a chunk; it is T, V and P that are put in their order.
+time-invariant). For float32, A is the sum of two numbers (`split_transition`), since a rounded one adds its error in
+each of thousands of chunks. The directions share the products: T, V and P of all of them stand side by side (P in
+blocks), so that u is read once for the states and once for the outputs. The input comes in M phases (`ssm.phases`), and
+so do the positions of a chunk; it is T, V and P that are put in their order.
 
 The gradient is the same operator transposed: the adjoint states dW run from chunk to chunk in the opposite order,
 
@@ -43,7 +44,7 @@ class _Operators(NamedTuple):
     toeplitz: jax.Array  # T [D, c, R * c]
     write: jax.Array  # V [D, c, R * N]
     read: jax.Array  # P [D, R * N, R * c], zero where the directions differ
-    decay: tuple[jax.Array, jax.Array]  # A [R, D, N/2] complex, as root + rest
+    decay: tuple[jax.Array, ...]  # [R, D, N/2] complex, one or two numbers whose sum is A; gradients for the last
 
 
 def _toeplitz(K: jax.Array, reverse: bool) -> jax.Array:
@@ -67,7 +68,12 @@ def _in_phases(x: jax.Array, num_phases: int, axis: int) -> jax.Array:
 
 
 def _operators(
-    directions: Sequence[SSMParams], chunk: int, num_phases: int, discretization: str, reverse: tuple[bool, ...]
+    directions: Sequence[SSMParams],
+    chunk: int,
+    dtype: jnp.dtype,
+    num_phases: int,
+    discretization: str,
+    reverse: tuple[bool, ...],
 ) -> _Operators:
     toeplitz, write, read, decay = [], [], [], []
     for r, (p, is_reverse) in enumerate(zip(directions, reverse, strict=True)):
@@ -86,20 +92,18 @@ def _operators(
         own = _in_phases(real_rows(until_output.conj(), 1), num_phases, 2)
         others = (0, 0), (0, 0), (r * chunk, (len(directions) - 1 - r) * chunk)
         read.append(jnp.pad(own, others))
-        decay.append(split_transition(p.Lambda, p.dt, discretization, chunk))
+        is_split = dtype == _FLOAT
+        decay.append(split_transition(p.Lambda, p.dt, discretization, chunk) if is_split else (powers[..., -1],))
     return _Operators(
         *(jnp.concatenate(m, axis) for m, axis in ((toeplitz, 2), (write, 2), (read, 1))),
         tuple(jnp.stack(parts) for parts in zip(*decay, strict=True)),
     )
 
 
-def _carry(
-    written: jax.Array, decay: tuple[jax.Array, jax.Array], reverse: Sequence[bool], dtype: jnp.dtype
-) -> jax.Array:
+def _carry(written: jax.Array, decay: Sequence[jax.Array], reverse: Sequence[bool], dtype: jnp.dtype) -> jax.Array:
     """The state on entering each chunk, from what each chunk adds to it: [D, K, B, R * N] float32, to `dtype`."""
     D, K, B, _ = written.shape
-    root, rest = (x[:, :, None] for x in decay)
-    half = root.shape[-1]
+    half = decay[0].shape[-1]
 
     def body(i, loop):
         states, current = loop
@@ -109,7 +113,9 @@ def _carry(
             states = jax.lax.dynamic_update_slice(states, real_rows(state, -1)[:, None].astype(dtype), at)
             added = jax.lax.dynamic_slice(written, at, (D, 1, B, 2 * half))[:, 0]
             added = jax.lax.complex(added[..., :half], added[..., half:])
-            after.append(root[r] * state + (rest[r] * state + added))
+            for part in reversed(decay):
+                added = part[r][:, None] * state + added
+            after.append(added)
         return states, after
 
     start = [jnp.zeros((D, B, half), jnp.complex64) for _ in reverse]
@@ -139,7 +145,7 @@ def _apply(
 
 
 def _apply_forward(directions, U, num_phases, discretization, reverse):
-    op = _operators(directions, U.shape[-1], num_phases, discretization, reverse)
+    op = _operators(directions, U.shape[-1], U.dtype, num_phases, discretization, reverse)
     Y = _product("dkbj,dji->dkbi", U, op.toeplitz)
     if U.shape[1] == 1:
         return Y.astype(U.dtype), (directions, U, None)
@@ -149,20 +155,20 @@ def _apply_forward(directions, U, num_phases, discretization, reverse):
 
 def _apply_backward(num_phases, discretization, reverse, residuals, dY):
     directions, U, S = residuals
-    op, pull_back = jax.vjp(lambda p: _operators(p, U.shape[-1], num_phases, discretization, reverse), directions)
+    options = U.shape[-1], U.dtype, num_phases, discretization, reverse
+    op, pull_back = jax.vjp(lambda p: _operators(p, *options), directions)
     dU = _product("dkbi,dji->dkbj", dY, op.toeplitz)
     d_toeplitz = _product("dkbj,dkbi->dji", U, dY)
     if S is None:
         (d_directions,) = pull_back(jax.tree.map(jnp.zeros_like, op)._replace(toeplitz=d_toeplitz))
         return d_directions, dU.astype(U.dtype)
     dS = _precise_product("dkbi,dni->dkbn", dY, op.read)
-    root, rest = op.decay
-    dW = _carry(dS, (root.conj(), rest.conj()), [not is_reverse for is_reverse in reverse], U.dtype)
+    dW = _carry(dS, [x.conj() for x in op.decay], [not is_reverse for is_reverse in reverse], U.dtype)
     d_op = _Operators(
         toeplitz=d_toeplitz,
         write=_product("dkbj,dkbn->djn", U, dW),
         read=_product("dkbn,dkbi->dni", S, dY),
-        decay=(jnp.zeros_like(root), _decay_gradient(S, dW, len(reverse))),
+        decay=(*map(jnp.zeros_like, op.decay[:-1]), _decay_gradient(S, dW, len(reverse))),
     )
     (d_directions,) = pull_back(d_op)
     return d_directions, (dU + _product("dkbn,djn->dkbj", dW, op.write)).astype(U.dtype)

@@ -75,11 +75,12 @@ class _Powers(NamedTuple):
     """Of Lambda_bar of R directions, float32. No gradients go through them."""
 
     table: jax.Array  # [R, D, c + 1, n, 2]
-    decay: tuple[jax.Array, jax.Array]  # A [R, D, n, 2] as root + rest (`split_transition`)
+    decay: jax.Array  # [R, D, p, n, 2], one or two numbers whose sum is A
 
 
-def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) -> tuple[_Tables, _Powers]:
-    """What the kernels are given is made of this; n is N/2 filled up."""
+def _tables(directions: Sequence[SSMParams], discretization: str, dtype: jnp.dtype) -> tuple[_Tables, _Powers]:
+    """What the kernels are given for u of a dtype is made of this; n is N/2 filled up."""
+    chunk = CHUNK[dtype.name]
     p = jax.tree.map(lambda *x: jnp.concatenate(x), *directions)
     n = _power_of_two(p.Lambda.shape[-1])
 
@@ -96,8 +97,8 @@ def _tables(directions: Sequence[SSMParams], discretization: str, chunk: int) ->
     if discretization == "bilinear":
         z = z * jax.lax.stop_gradient(1 / ((1 - z / 2) * (1 + z / 2)))
     table = transition_powers(p.Lambda, p.dt, jnp.arange(chunk + 1), discretization).swapaxes(1, 2)
-    root, rest = split_transition(p.Lambda, p.dt, discretization, chunk)
-    powers = jax.lax.stop_gradient(_Powers(pairs(table), (pairs(root), pairs(rest))))
+    decay = split_transition(p.Lambda, p.dt, discretization, chunk) if dtype == FLOAT else [table[:, -1]]
+    powers = jax.lax.stop_gradient(_Powers(pairs(table), pairs(jnp.stack(decay, 1))))
     return _Tables(by_direction(taps(p, chunk, discretization)), pairs(2 * p.C * B_bar), pairs(z)), powers
 
 
@@ -110,10 +111,8 @@ def _operands(tables: _Tables, powers: _Powers, dtype: jnp.dtype, powers_dtype: 
     re, im = tables.gain[..., 0], tables.gain[..., 1]
     # Re(F s) = Re F Re s - Im F Im s: rows of F are g P and, of the imaginary parts, -g P.
     read = jnp.stack([_flat(jnp.stack([re, -re], -1)), _flat(jnp.stack([-im, -im], -1))], 2)
-    root, rest = powers.decay
-    parts = [root, rest] if dtype == FLOAT else [root + rest]
-    decay = jnp.moveaxis(jnp.stack(parts, 2), -1, 3)
-    return TableRefs(tables.taps.astype(dtype), read, _flat(powers.table).astype(powers_dtype), decay)
+    table = _flat(powers.table).astype(powers_dtype)
+    return TableRefs(tables.taps.astype(dtype), read, table, decay=jnp.moveaxis(powers.decay, -1, 3))
 
 
 def _complex(products: jax.Array) -> jax.Array:
@@ -135,7 +134,7 @@ def _apply(directions, u, g: Geometry, discretization: str):
 
 def _apply_forward(directions, u, g, discretization):
     M, D, _, J = u.shape
-    operands = _operands(*_tables(directions, discretization, g.chunk), u.dtype, u.dtype)
+    operands = _operands(*_tables(directions, discretization, u.dtype), u.dtype, u.dtype)
     y = pl.pallas_call(
         functools.partial(forward_kernel, g),
         grid=(len(g.reverse), D, g.num_blocks),  # the first varies fastest: directions share the reads of u
@@ -157,7 +156,7 @@ def _apply_forward(directions, u, g, discretization):
 def _apply_backward(g, discretization, residuals, dy):
     directions, u = residuals
     (M, D, _, J), R = u.shape, len(g.reverse)
-    tables, pull_back, powers = jax.vjp(lambda p: _tables(p, discretization, g.chunk), directions, has_aux=True)
+    tables, pull_back, powers = jax.vjp(lambda p: _tables(p, discretization, u.dtype), directions, has_aux=True)
     operands = _operands(tables, powers, u.dtype, FLOAT)
     sums = [(g.chunk, g.chunk), operands.read.shape[2:], operands.read.shape[2:]]
     du, *sums = pl.pallas_call(
