@@ -85,15 +85,13 @@ def _ssm() -> list[dict]:
         return aot.print_aot(_AOT.value, shapes or [aot.DEFAULT_SHAPE], methods, dtype=dtype)
     is_for_table = _WRITE_TABLE.value not in (None, "false")
     cli.keep_freed_memory()
-    rows = ssm.print_ssm(
-        shapes or (table.table_shapes() if is_for_table else ssm.default_shapes()),
-        _METHODS.value or (table.table_methods() if is_for_table else ssm.default_methods()),
-        dtype=_DTYPE.value or "float32",
-        repeats=_REPEATS.value,
-    )
+    options = {"dtype": _DTYPE.value or "float32", "repeats": _REPEATS.value}
     if is_for_table:
         path = table.TABLE if _WRITE_TABLE.value == "true" else _WRITE_TABLE.value
-        print(f"wrote {table.write_table(rows, path)} rows to {path}")
+        methods = _METHODS.value or table.table_methods()
+        rows = table.print_table(path, shapes or table.table_shapes(), methods, **options)
+    else:
+        rows = ssm.print_ssm(shapes or ssm.default_shapes(), _METHODS.value or ssm.default_methods(), **options)
     if _PLOT.value:
         ssm.plot(rows, _PLOT.value)
     return rows

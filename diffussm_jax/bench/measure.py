@@ -122,7 +122,7 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
 def write_csv(path: str, rows: Sequence[dict]) -> None:
     """Writes rows of the same columns, floats with 6 digits."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})

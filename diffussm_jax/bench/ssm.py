@@ -214,8 +214,8 @@ def slopes(rows: Sequence[dict], column: str = "gradient_ms") -> dict[str, float
     return {key[0] if is_one else f"{key[0]} {key[1]}x{key[2]}x{key[3]}": value for key, value in found.items()}
 
 
-def print_ssm(shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str, repeats: int) -> list[dict]:
-    """Prints a table of all shapes and methods, and the slopes in L; returns the rows."""
+def print_head(methods: Sequence[str], *, dtype: str, repeats: int) -> Rates:
+    """Prints the machine and the names of the columns; ValueError if a method is unknown."""
     check_methods(methods)
     rates = Rates(copy_rate(), matmul_rate(dtype))
     print(f"{machine_name()}, {dtype}; medians of {repeats}, forward + all gradients")
@@ -224,15 +224,30 @@ def print_ssm(shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str, re
         f"{'B x L x D x N':>18} {'method':>16} {'forward':>10} {'+ gradients':>12} {'times':>6} {'memory':>9} "
         f"{'GB/s':>7} {'share':>6} {'GFLOP/s':>8} {'share':>6}"
     )
-    rows = []
-    for shape in shapes:
-        for row in bench_ssm(shape, methods, dtype=dtype, repeats=repeats, rates=rates):
-            rows.append(row)
-            print(_line(row), flush=True)
+    return rates
+
+
+def print_shape(shape: Shape, methods: Sequence[str], *, dtype: str, repeats: int, rates: Rates) -> list[dict]:
+    """Prints a line for each method; returns the rows of `bench_ssm`."""
+    rows = bench_ssm(shape, methods, dtype=dtype, repeats=repeats, rates=rates)
+    for row in rows:
+        print(_line(row), flush=True)
+    return rows
+
+
+def print_ssm(shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str, repeats: int) -> list[dict]:
+    """Prints a table of all shapes and methods, and the slopes in L; returns the rows."""
+    rates = print_head(methods, dtype=dtype, repeats=repeats)
+    rows = [row for shape in shapes for row in print_shape(shape, methods, dtype=dtype, repeats=repeats, rates=rates)]
+    print_slopes(rows)
+    return rows
+
+
+def print_slopes(rows: Sequence[dict]) -> None:
+    """Prints `slopes` in a line, if there are any."""
     found = slopes(rows)
     if found:
         print("slope of log time (+ gradients) in log L: " + ", ".join(f"{k} {x:.2f}" for k, x in found.items()))
-    return rows
 
 
 def _line(row: dict) -> str:

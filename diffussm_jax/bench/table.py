@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import jax
 
-from diffussm_jax.bench.ssm import LENGTHS, Shape
+from diffussm_jax.bench.ssm import LENGTHS, Shape, print_head, print_shape, print_slopes
 from diffussm_jax.bench.yardsticks import NAIVE, TORCH_METHODS
 from diffussm_jax.ssm import METHODS
-from diffussm_jax.ssm.auto import TABLE, Measurement
+from diffussm_jax.ssm.auto import TABLE, Measurement, read_table
 
-COLUMNS = Measurement._fields
+HOPELESS = 10  # times the fastest's time
 _WIDTHS = (384, 1152)
 _POSITIONS = {"cpu": 4096}  # of a batch, where one sequence is not longer; elsewhere _MANY
 _MANY = 65_536
@@ -28,33 +28,72 @@ def table_methods() -> list[str]:
     return [name for name in METHODS if name not in ("auto", "recurrent")]
 
 
-def write_table(rows: Sequence[dict], path: str | os.PathLike = TABLE) -> int:
-    """Writes the rows of `bench_ssm` to a table, in place of its rows of the same platform and dtype; keeps the others.
+def print_table(
+    path: str | os.PathLike, shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str, repeats: int
+) -> list[dict]:
+    """Times methods as `print_ssm`, and writes a table shape by shape, so that a run that is stopped loses one.
+
+    A method that takes `HOPELESS` times as long as the fastest is left out at the shapes that follow.
 
     Args:
-      rows: of one platform and dtype. Yardsticks, "auto" and what was left out are not written.
+      path: of the table.
+      shapes: to time.
+      methods: to time.
+      dtype: of u and y.
+      repeats: timed repetitions.
+
+    Returns:
+      The rows of all shapes.
+
+    Raises:
+      ValueError: a method is unknown, the file is no table, or no method of the package was timed.
+    """
+    if os.path.exists(path):
+        read_table(path)  # before any measurement
+    rates, rows, num_written = print_head(methods, dtype=dtype, repeats=repeats), [], 0
+    for shape in shapes:
+        of_shape = print_shape(shape, methods, dtype=dtype, repeats=repeats, rates=rates)
+        num_written += write_table(of_shape, path)
+        rows += of_shape
+        methods = [name for name in methods if name not in hopeless(of_shape)]
+    if not num_written:
+        raise ValueError("no method of the package was timed: nothing to write to the table")
+    print_slopes(rows)
+    print(f"wrote {num_written} rows to {path}")
+    return rows
+
+
+def hopeless(rows: Sequence[dict]) -> list[str]:
+    """The methods of a shape that took over `HOPELESS` times the time of the fastest."""
+    times = {row["method"]: row["gradient_ms"] for row in rows if not row["left_out"]}
+    return [name for name, time in times.items() if time > HOPELESS * min(times.values())]
+
+
+def write_table(rows: Sequence[dict], path: str | os.PathLike = TABLE) -> int:
+    """Writes rows of `bench_ssm` to a table, in place of its rows of the same platform, dtype, L, D and N.
+
+    Args:
+      rows: of any shapes. Yardsticks, "auto" and what was left out are not written.
       path: of the table; made if there is none.
 
     Returns:
       The number of rows written.
 
     Raises:
-      ValueError: the file is there and has other columns, or none of the rows can be written.
+      ValueError: the file is there and is no table.
     """
-    new = [row for row in rows if not row["left_out"] and row["method"] not in (NAIVE, *TORCH_METHODS, "auto")]
-    if not new:
-        raise ValueError("no method of the package was timed: nothing to write to the table")
-    old = []
-    if os.path.exists(path):
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            old = list(reader)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, a table has {list(COLUMNS)}")
-    replaced = {(row["platform"], row["dtype"]) for row in new}
-    old = [row for row in old if (row["platform"], row["dtype"]) not in replaced]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(old + [row | {"gradient_ms": f"{row['gradient_ms']:.4g}"} for row in new])
+    kept = [row for row in rows if not row["left_out"] and row["method"] not in (NAIVE, *TORCH_METHODS, "auto")]
+    new = [Measurement(*(row[name] for name in Measurement._fields)) for row in kept]
+    replaced = {_problem(row) for row in new}
+    old = [row for row in read_table(path) if _problem(row) not in replaced] if os.path.exists(path) else []
+    unfinished = f"{path}.unfinished"
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Measurement._fields)
+        writer.writerows(row._replace(gradient_ms=f"{row.gradient_ms:.4g}") for row in old + new)
+    os.replace(unfinished, path)
     return len(new)
+
+
+def _problem(row: Measurement) -> tuple:
+    return row.platform, row.dtype, row.L, row.D, row.N

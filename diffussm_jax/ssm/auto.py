@@ -7,6 +7,7 @@ gradients. `fastest_method` takes the measured shape nearest in L, then in D, th
 import csv
 import functools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,14 +32,19 @@ class Measurement(NamedTuple):
     gradient_ms: float
 
 
-def read_table(path: Path = TABLE) -> list[Measurement]:
-    """The rows of a table; ValueError where one is not as `Measurement`."""
+def read_table(path: str | os.PathLike = TABLE) -> list[Measurement]:
+    """The rows of a table; ValueError, which names the line, where one is not as `Measurement`."""
     with open(path, newline="") as file:
         reader = csv.reader(file)
         if (header := tuple(next(reader, ()))) != Measurement._fields:
             raise ValueError(f"{path} must have the columns {','.join(Measurement._fields)}, got {','.join(header)}")
-        types = Measurement.__annotations__.values()
-        return [Measurement(*(of(x) for of, x in zip(types, row, strict=True))) for row in reader]
+        types, rows = Measurement.__annotations__.values(), []
+        for row in reader:
+            try:
+                rows.append(Measurement(*(of(x) for of, x in zip(types, row, strict=True))))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {reader.line_num}, is no measurement: {','.join(row)}") from error
+        return rows
 
 
 @functools.cache

@@ -101,25 +101,37 @@ def _operators(
 
 
 def _carry(written: jax.Array, decay: Sequence[jax.Array], reverse: Sequence[bool], dtype: jnp.dtype) -> jax.Array:
-    """The state on entering each chunk, from what each chunk adds to it: [D, K, B, R * N] float32, to `dtype`."""
+    """The state on entering each chunk, from what each chunk adds to it: [D, K, B, R * N] float32, to `dtype`.
+
+    A CPU would convert a whole array of bfloat16 to float32 and back in each step of the loop; there it is one of bits.
+    """
     D, K, B, _ = written.shape
     half = decay[0].shape[-1]
 
-    def body(i, loop):
-        states, current = loop
-        after = []
-        for r, (is_reverse, state) in enumerate(zip(reverse, current, strict=True)):
-            at = (0, K - 1 - i if is_reverse else i, 0, 2 * half * r)
-            states = jax.lax.dynamic_update_slice(states, real_rows(state, -1)[:, None].astype(dtype), at)
-            added = jax.lax.dynamic_slice(written, at, (D, 1, B, 2 * half))[:, 0]
-            added = jax.lax.complex(added[..., :half], added[..., half:])
-            for part in reversed(decay):
-                added = part[r][:, None] * state + added
-            after.append(added)
-        return states, after
+    def carry(stored_dtype, written, decay):
+        def store(x):
+            return jax.lax.bitcast_convert_type(x.astype(dtype), stored_dtype)
 
-    start = [jnp.zeros((D, B, half), jnp.complex64) for _ in reverse]
-    return jax.lax.fori_loop(0, K, body, (jnp.zeros(written.shape, dtype), start))[0]
+        def body(i, loop):
+            states, current = loop
+            after = []
+            for r, (is_reverse, state) in enumerate(zip(reverse, current, strict=True)):
+                at = (0, K - 1 - i if is_reverse else i, 0, 2 * half * r)
+                states = jax.lax.dynamic_update_slice(states, store(real_rows(state, -1))[:, None], at)
+                added = jax.lax.dynamic_slice(written, at, (D, 1, B, 2 * half))[:, 0]
+                added = jax.lax.complex(added[..., :half], added[..., half:])
+                for part in reversed(decay):
+                    added = part[r][:, None] * state + added
+                after.append(added)
+            return states, after
+
+        start = [jnp.zeros((D, B, half), jnp.complex64) for _ in reverse]
+        states, _ = jax.lax.fori_loop(0, K, body, (store(jnp.zeros(written.shape)), start))
+        return jax.lax.bitcast_convert_type(states, dtype)
+
+    bits = f"uint{8 * jnp.dtype(dtype).itemsize}"
+    on = {"cpu": functools.partial(carry, bits), "default": functools.partial(carry, dtype)}
+    return jax.lax.platform_dependent(written, tuple(decay), **on)
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

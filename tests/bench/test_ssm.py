@@ -81,7 +81,7 @@ def test_the_plot_is_a_png(tmp_path):
 
 def test_the_command_prints_a_table_and_writes_csv(tmp_path):
     command = [sys.executable, "-m", "diffussm_jax.bench", "ssm", "--shapes=1x8x4x4,1x16x4x4", "--methods=fft,chunked"]
-    command += ["--repeats=1", f"--csv={tmp_path / 'ssm.csv'}", "--write_table=" + str(tmp_path / "table.csv")]
+    command += ["--repeats=5", f"--csv={tmp_path / 'ssm.csv'}", "--write_table=" + str(tmp_path / "table.csv")]
     out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert "chunked" in out and "1x8x4x4" in out and "slope" in out
     for name in ("ssm.csv", "table.csv"):

@@ -54,3 +54,11 @@ def test_a_table_of_other_columns_is_refused(tmp_path):
     path.write_text("method,ms\nfft,1\n")
     with pytest.raises(ValueError, match="must have the columns platform,device,.*, got method,ms"):
         read_table(path)
+
+
+def test_a_row_that_is_no_measurement_is_named(tmp_path):
+    path = tmp_path / "table.csv"
+    for line in ("cpu,cpu,float32,1,256,384,64,fft", "cpu,cpu,float32,1,256,384,64,fft,fast"):
+        path.write_text(f"{','.join(Measurement._fields)}\n{line}\n")
+        with pytest.raises(ValueError, match=f"table.csv, line 2, is no measurement: {line}"):
+            read_table(path)
