@@ -305,6 +305,11 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
         )
 
 
+def images_at_a_time(config: ConfigDict, mesh: Mapping[str, int]) -> int:
+    """How many images of a batch a device computes together, on a mesh of so many devices along each axis."""
+    return config.batch_size // (mesh["data"] * mesh["fsdp"] * config.optimizer.accumulation_steps)
+
+
 def mesh_shape(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[int, int, int]:
     """The sizes of the mesh's axes, with a -1 filled so that all devices are used.
 

@@ -27,12 +27,12 @@ from ml_collections import ConfigDict, config_flags
 
 from diffussm_jax import cli
 from diffussm_jax.build import build_model, build_train_step, input_shape
-from diffussm_jax.config import CHOICES, validate
+from diffussm_jax.config import CHOICES, images_at_a_time, validate
 from diffussm_jax.parallel.hlo import Collective, collectives
 from diffussm_jax.parallel.mesh import make_mesh, platform_of
 from diffussm_jax.parallel.topology import Machine, compile_only_devices, parse_machine
 from diffussm_jax.ssm.auto import fastest_method
-from diffussm_jax.ssm.chunked import CHUNK
+from diffussm_jax.ssm.chunked import chunk_size
 from diffussm_jax.ssm.fft import transform_length
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
@@ -169,7 +169,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
         peak_bytes=peak_bytes,
         multiply_adds=build_model(config).multiply_adds(*input_shape(config))["total"],
         recomputed_multiply_adds=recomputed_multiply_adds(config),
-        ssm_multiply_adds=ssm_multiply_adds(config, platform),
+        ssm_multiply_adds=ssm_multiply_adds(config, platform, images_at_a_time(config, mesh.shape)),
         collectives=collectives(compiled.as_text(), mesh.size),
         compile_seconds=compile_seconds,
     )
@@ -214,8 +214,10 @@ def ssm_method(config: ConfigDict, platform: str) -> str:
     return fastest_method(platform, model.dtype, H * W, model.width, model.state_size)
 
 
-def ssm_multiply_adds(config: ConfigDict, platform: str) -> int | None:
-    """Multiply-adds of all SSMs in the forward pass of one image; None for the methods that are not counted.
+def ssm_multiply_adds(config: ConfigDict, platform: str, num_images: int) -> int | None:
+    """Multiply-adds of all SSMs in the forward pass of one image, of the `num_images` that a device computes together.
+
+    None for the methods that are not counted.
 
     "chunked": the matrix products inside and between chunks, those of both directions as one with zeros between. "fft":
     transforms of n real points at 5/4 n log2 n, one of the input and one back for each direction, and the products of
@@ -225,7 +227,7 @@ def ssm_multiply_adds(config: ConfigDict, platform: str) -> int | None:
     H, W, _ = input_shape(config)
     L, R = H * W, 2 if model.bidirectional else 1
     if method == "chunked":
-        c = min(L, CHUNK)
+        c = min(L, chunk_size(num_images * L))
         K = math.ceil(L / c)
         a_channel = R * K * c * (c + ((1 + R) * model.state_size if K > 1 else 0))
     elif method == "fft":

@@ -101,16 +101,16 @@ def test_matrix_products_of_the_chunked_ssm_are_counted_exactly(bidirectional, s
     config = small_config("chunked", bidirectional=bidirectional, scan=scan)
     forward, _, params = forward_and_gradient(config)
     linear = build_model(config).multiply_adds(*input_shape(config))["total"]
-    assert an_image(forward, params) - linear == plan_lib.ssm_multiply_adds(config, "cpu")
+    assert an_image(forward, params) - linear == plan_lib.ssm_multiply_adds(config, "cpu", 1)
 
 
 def test_ffts_are_counted():
     config = small_config("fft", depth=1)
     # n = 512 real points: 3 transforms of 5/4 n log2 n, and 2 products of 257 complex numbers. On CPUs n = 528.
-    assert plan_lib.ssm_multiply_adds(config, "gpu") == 32 * (3 * 5 * 512 * 9 // 4 + 3 * 2 * 257)
+    assert plan_lib.ssm_multiply_adds(config, "gpu", 1) == 32 * (3 * 5 * 512 * 9 // 4 + 3 * 2 * 257)
     expected = 32 * (3 * 5 / 4 * 528 * math.log2(528) + 3 * 2 * 265)
-    assert plan_lib.ssm_multiply_adds(config, "cpu") == pytest.approx(expected, abs=1)
-    assert plan_lib.ssm_multiply_adds(small_config("recurrent"), "cpu") is None
+    assert plan_lib.ssm_multiply_adds(config, "cpu", 1) == pytest.approx(expected, abs=1)
+    assert plan_lib.ssm_multiply_adds(small_config("recurrent"), "cpu", 1) is None
 
 
 def test_the_count_agrees_with_xla_on_an_unrolled_model():

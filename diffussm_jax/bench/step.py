@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from diffussm_jax.bench.measure import median_seconds, memory_limit, planned_bytes
 from diffussm_jax.bench.ssm import ssm_arguments, ssm_functions
 from diffussm_jax.build import build_model, build_recipe, build_train_step, input_shape
+from diffussm_jax.config import images_at_a_time
 from diffussm_jax.parallel.mesh import make_mesh
 from diffussm_jax.plan import DoesNotFitError
 from diffussm_jax.training.telemetry import mfu
@@ -99,8 +100,7 @@ def ssm_seconds(config: ConfigDict, mesh: dict[str, int], *, repeats: int = 5) -
     if not model.bidirectional or model.discretization != "zoh":
         return None
     H, W, _ = input_shape(config)
-    parts = config.optimizer.accumulation_steps
-    B = config.batch_size // (mesh["data"] * mesh["fsdp"] * parts)
+    parts, B = config.optimizer.accumulation_steps, images_at_a_time(config, mesh)
     arguments = ssm_arguments((B, H * W, model.width // mesh["tensor"], model.state_size), model.dtype)
     scans = 2 if model.scan == "2d" else 1
     forward_pass, with_gradients = (jax.jit(f) for f in ssm_functions(model.ssm_method))

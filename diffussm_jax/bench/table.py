@@ -12,15 +12,17 @@ from diffussm_jax.ssm import METHODS
 from diffussm_jax.ssm.auto import TABLE, Measurement, read_table
 
 HOPELESS = 10  # times the fastest's time
-_WIDTHS = (384, 1152)
-_POSITIONS = {"cpu": 4096}  # of a batch, where one sequence is not longer; elsewhere _MANY
-_MANY = 65_536
+_WIDTHS = {"cpu": (96, 384, 1152)}
+_OTHER_WIDTHS = (384, 1152)
+_POSITIONS = {"cpu": 4096}  # of a batch, where one sequence is not longer
+_OTHER_POSITIONS = 65_536
 
 
 def table_shapes() -> list[Shape]:
     """The grid of L and D; B such that there are enough positions to keep the machine busy."""
-    positions = _POSITIONS.get(jax.default_backend(), _MANY)
-    return [(max(1, positions // L), L, D, 64) for D in _WIDTHS for L in LENGTHS]
+    platform = jax.default_backend()
+    positions = _POSITIONS.get(platform, _OTHER_POSITIONS)
+    return [(max(1, positions // L), L, D, 64) for D in _WIDTHS.get(platform, _OTHER_WIDTHS) for L in LENGTHS]
 
 
 def table_methods() -> list[str]:

@@ -34,8 +34,12 @@ from diffussm_jax.ssm.kernel import real_rows, taps
 from diffussm_jax.ssm.params import SSMParams
 from diffussm_jax.ssm.phases import through_one_phase
 
-CHUNK = 64
 _FLOAT = jnp.float32
+
+
+def chunk_size(num_positions: int) -> int:
+    """c for sequences of so many positions together: the cost of T grows with it, that of the states between falls."""
+    return 128 if num_positions >= 2**16 else 64
 
 
 class _Operators(NamedTuple):
@@ -205,7 +209,7 @@ def chunked(
     *,
     discretization: str,
     reverse: tuple[bool, ...],
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> jax.Array:
     """R SSMs over the same u, each forward or backward.
 
@@ -217,12 +221,13 @@ def chunked(
       u: [M, D, B, J] float32 or bfloat16, in phases. They are interleaved first if M does not divide the chunk.
       discretization: "zoh" or "bilinear".
       reverse: of each direction, whether time runs backwards.
-      chunk: c, positions.
+      chunk: c, positions; by default `chunk_size` of those of the batch.
 
     Returns:
       y [M, R, D, B, J] in the dtype of `u`.
     """
     M, D, B, J = u.shape
+    chunk = chunk_size(M * B * J) if chunk is None else chunk
     if chunk % M:
         options = {"discretization": discretization, "reverse": reverse, "chunk": chunk}
         return through_one_phase(functools.partial(chunked, directions, **options), u)
