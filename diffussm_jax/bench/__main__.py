@@ -5,6 +5,7 @@ python -m diffussm_jax.bench ssm --shapes=4x1024x384x64,2x4096x384x64 --methods=
 python -m diffussm_jax.bench ssm --csv=ssm.csv --plot=ssm.png --dtype=bfloat16
 python -m diffussm_jax.bench ssm --write_table
 python -m diffussm_jax.bench ssm --aot=v5e
+python -m diffussm_jax.bench errors
 python -m diffussm_jax.bench block --sizes=S,XL --image_sizes=256
 python -m diffussm_jax.bench block --sizes=XL --image_sizes=256 --batch_size=16 --aot=v5e
 python -m diffussm_jax.bench step --sizes=XL --image_sizes=256,512 --batch_size=64 --set=model.remat=dots
@@ -21,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffussm_jax import cli
-from diffussm_jax.bench import aot, block, sample, ssm, step, table
+from diffussm_jax.bench import aot, block, errors, sample, ssm, step, table
 from diffussm_jax.bench.configs import IMAGE_SIZES, bench_configs, parse_changes, print_rows
 from diffussm_jax.bench.loader import bench_loader
 from diffussm_jax.bench.measure import machine_name, write_csv
@@ -30,16 +31,23 @@ from diffussm_jax.config import CHOICES
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
 _SHAPES = flags.DEFINE_list(
-    "shapes", None, "ssm: shapes B x L x D x N, with x between; by default L from 256 to 65536.", flag_values=_FLAGS
+    "shapes",
+    None,
+    "ssm, errors: shapes as 4x1024x384x64, B x L x D x N; default for ssm L = 256 .. 65536.",
+    flag_values=_FLAGS,
 )
 _METHODS = flags.DEFINE_list(
-    "methods", None, "ssm: methods to time; ratios are to the first. By default all that run here.", flag_values=_FLAGS
+    "methods", None, "ssm, errors: methods; ratios are to the first. By default all that run here.", flag_values=_FLAGS
 )
 _REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Timed repetitions, after one that is not.", lower_bound=1, flag_values=_FLAGS
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "ssm, vae: float32, for --aot bfloat16 by default.", flag_values=_FLAGS
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "ssm, vae: float32, for --aot bfloat16 by default; errors: both.",
+    flag_values=_FLAGS,
 )
 _AOT = flags.DEFINE_string(
     "aot", None, "ssm, block: a chip to compile for, not run: v5e, v6e-1, h100.", flag_values=_FLAGS
@@ -77,8 +85,12 @@ _NUM_THREADS = flags.DEFINE_integer("num_threads", 4, "loader: threads.", lower_
 _CSV = flags.DEFINE_string("csv", None, "A file to write the figures to, too.", flag_values=_FLAGS)
 
 
+def _shapes() -> list[ssm.Shape] | None:
+    return [ssm.parse_shape(text) for text in _SHAPES.value] if _SHAPES.value else None
+
+
 def _ssm() -> list[dict]:
-    shapes = [ssm.parse_shape(text) for text in _SHAPES.value] if _SHAPES.value else None
+    shapes = _shapes()
     if _AOT.value is not None:
         dtype = _DTYPE.value or aot.DEFAULT_DTYPE
         methods = _METHODS.value or ssm.default_methods()
@@ -134,10 +146,16 @@ def _block() -> list[dict]:
 def main(what: str) -> int:
     """Prints the figures; returns the exit code."""
     rows: list[dict] = []
+    exit_code = 0
     if _AOT.value is not None:
         jax.config.update("jax_platforms", "cpu")  # this computer's accelerator, if it has one, stays free
     if what == "ssm":
         rows = _ssm()
+    elif what == "errors":
+        dtypes = [_DTYPE.value] if _DTYPE.value else list(errors.BARS)
+        methods = _METHODS.value or errors.default_methods()
+        rows = errors.print_errors(_shapes() or errors.DEFAULT_SHAPES, methods, dtypes=dtypes)
+        exit_code = int(not all(row["passed"] or row["left_out"] for row in rows))
     elif what == "block":
         rows = _block()
     elif what == "step":
@@ -154,10 +172,10 @@ def main(what: str) -> int:
         cli.keep_freed_memory()
         print_vae(_image_sizes((256, 512)), dtype=_DTYPE.value or "float32", repeats=_REPEATS.value)
     else:
-        raise ValueError(f"unknown benchmark {what!r}; choose ssm, block, step, sample, loader or vae")
+        raise ValueError(f"unknown benchmark {what!r}; choose ssm, errors, block, step, sample, loader or vae")
     if _CSV.value and rows:
         write_csv(_CSV.value, rows)
-    return 0
+    return exit_code
 
 
 if __name__ == "__main__":
