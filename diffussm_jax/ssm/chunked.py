@@ -107,7 +107,8 @@ def _operators(
 def _carry(written: jax.Array, decay: Sequence[jax.Array], reverse: Sequence[bool], dtype: jnp.dtype) -> jax.Array:
     """The state on entering each chunk, from what each chunk adds to it: [D, K, B, R * N] float32, to `dtype`.
 
-    A CPU would convert a whole array of bfloat16 to float32 and back in each step of the loop; there it is one of bits.
+    In each step of the loop a CPU would convert the whole array of bfloat16 to float32 and back: there it is one of
+    bits.
     """
     D, K, B, _ = written.shape
     half = decay[0].shape[-1]
@@ -133,9 +134,10 @@ def _carry(written: jax.Array, decay: Sequence[jax.Array], reverse: Sequence[boo
         states, _ = jax.lax.fori_loop(0, K, body, (store(jnp.zeros(written.shape)), start))
         return jax.lax.bitcast_convert_type(states, dtype)
 
-    bits = f"uint{8 * jnp.dtype(dtype).itemsize}"
-    on = {"cpu": functools.partial(carry, bits), "default": functools.partial(carry, dtype)}
-    return jax.lax.platform_dependent(written, tuple(decay), **on)
+    as_it_is = functools.partial(carry, dtype)
+    if dtype == _FLOAT:
+        return as_it_is(written, decay)
+    return jax.lax.platform_dependent(written, tuple(decay), cpu=functools.partial(carry, jnp.uint16), default=as_it_is)
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

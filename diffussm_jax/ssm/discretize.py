@@ -96,7 +96,8 @@ def split_transition(
     """Lambda_bar**l as root + rest, for a recurrence that applies it many times.
 
     The root is a complex64 number on the unit circle, the rest 1/160 at most where the state decays slowly, and the
-    sum is the power to 2e-9: x -> root x + (rest x + B_bar u) has no systematic error, as a rounded Lambda_bar has.
+    sum is the power to 2e-9 (bilinear: for each step): x -> root x + (rest x + B_bar u) has no systematic error of the
+    size that a rounded Lambda_bar has.
 
     Args:
       Lambda: [D, N/2] complex64.
@@ -112,9 +113,9 @@ def split_transition(
     """
     _check(discretization)
     turns, turns_low = _turns(Lambda, dt, jnp.float32(num_steps), discretization)
-    index, remainder = _nearest_root(turns)
+    index, remainder = _nearest_root(turns, turns_low)
     high, low = jnp.asarray(_ROOTS_HIGH)[index], jnp.asarray(_ROOTS_LOW)[index]
-    angle = np.float32(2 * np.pi) * (remainder + turns_low)
+    angle = np.float32(2 * np.pi) * remainder
     beyond_root = jnp.expm1(jax.lax.complex(num_steps * _log_decay(Lambda, dt, discretization), angle))
     return high, low + (high + low) * beyond_root
 
@@ -206,7 +207,7 @@ def _direction(x: jax.Array, y: jax.Array, y_low: jax.Array) -> tuple[jax.Array,
     one_x = 1 + x
     # What the sum lost. XLA would simplify (1 + x) - 1 to x, but not past a change of precision.
     x_low = x - (jax.lax.reduce_precision(one_x, 8, 23) - 1)
-    index, _ = _nearest_root(jnp.arctan2(y, one_x) * np.float32(1 / (2 * np.pi)))
+    index, _ = _nearest_root(jnp.arctan2(y, one_x) * np.float32(1 / (2 * np.pi)), 0)
     high, low = jnp.asarray(_ROOTS_HIGH)[index], jnp.asarray(_ROOTS_LOW)[index]
     # Turned back by the root's angle, the vector points almost along the first axis.
     (y_cos, y_cos_low), (x_sin, x_sin_low) = _exact_product(y, high.real), _exact_product(one_x, high.imag)
@@ -215,10 +216,10 @@ def _direction(x: jax.Array, y: jax.Array, y_low: jax.Array) -> tuple[jax.Array,
     return index.astype(jnp.float32) / _NUM_ROOTS, jnp.arctan2(across, along) * np.float32(1 / (2 * np.pi))
 
 
-def _nearest_root(turns: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The index of the root of unity nearest to an angle in turns, and how many turns remain."""
-    nearest = jnp.round(turns * _NUM_ROOTS)
-    return nearest.astype(jnp.int32) % _NUM_ROOTS, turns - nearest / _NUM_ROOTS
+def _nearest_root(turns: jax.Array, turns_low: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """The index of the root of unity nearest to an angle in turns, a sum of two floats, and how many turns remain."""
+    nearest = jnp.round((turns + turns_low) * _NUM_ROOTS)
+    return nearest.astype(jnp.int32) % _NUM_ROOTS, (turns - nearest / _NUM_ROOTS) + turns_low
 
 
 def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
