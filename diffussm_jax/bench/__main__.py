@@ -100,7 +100,7 @@ def _ssm() -> list[dict]:
     options = {"dtype": _DTYPE.value or "float32", "repeats": _REPEATS.value}
     if is_for_table:
         path = table.TABLE if _WRITE_TABLE.value == "true" else _WRITE_TABLE.value
-        methods = _METHODS.value or table.table_methods()
+        methods = _METHODS.value or ssm.own_methods()
         rows = table.print_table(path, shapes or table.table_shapes(), methods, **options)
     else:
         rows = ssm.print_ssm(shapes or ssm.default_shapes(), _METHODS.value or ssm.default_methods(), **options)
@@ -153,9 +153,9 @@ def main(what: str) -> int:
         rows = _ssm()
     elif what == "errors":
         dtypes = [_DTYPE.value] if _DTYPE.value else list(errors.BARS)
-        methods = _METHODS.value or errors.default_methods()
+        methods = _METHODS.value or ssm.own_methods()
         rows = errors.print_errors(_shapes() or errors.DEFAULT_SHAPES, methods, dtypes=dtypes)
-        exit_code = int(not all(row["passed"] or row["left_out"] for row in rows))
+        exit_code = int(not all(row["passed"] for row in rows))
     elif what == "block":
         rows = _block()
     elif what == "step":

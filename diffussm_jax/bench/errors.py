@@ -20,11 +20,6 @@ NUM_PHASES = (1, 2)  # a sequence as it is, and as the hourglass makes it
 BARS = {"float32": 1e-5, "bfloat16": 5e-3}
 
 
-def default_methods() -> list[str]:
-    """All methods of the package but the reference and "auto", which is one of them."""
-    return [name for name in METHODS if name not in ("auto", "recurrent")]
-
-
 def bench_errors(
     shape: Shape, methods: Sequence[str], *, dtype: str, num_phases: int = 1
 ) -> list[dict[str, str | int | float | bool | None]]:

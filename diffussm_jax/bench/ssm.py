@@ -53,6 +53,12 @@ def default_methods() -> list[str]:
     return [NAIVE, *(() if torch_left_out() else TORCH_METHODS), *METHODS]
 
 
+def own_methods() -> list[str]:
+    """What "auto" chooses from on this platform: all of the package but the recurrence, which is never the fastest."""
+    left_out = {"auto", "recurrent"} | ({"pallas"} if jax.default_backend() == "cpu" else set())
+    return [name for name in METHODS if name not in left_out]
+
+
 def parse_shape(text: str) -> Shape:
     """4x1024x384x64 to (4, 1024, 384, 64); ValueError for anything else."""
     parts = text.strip().split("x")

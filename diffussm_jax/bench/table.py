@@ -8,7 +8,6 @@ import jax
 
 from diffussm_jax.bench.ssm import LENGTHS, Shape, print_head, print_shape, print_slopes
 from diffussm_jax.bench.yardsticks import NAIVE, TORCH_METHODS
-from diffussm_jax.ssm import METHODS
 from diffussm_jax.ssm.auto import TABLE, Measurement, read_table
 
 HOPELESS = 10  # times the fastest's time
@@ -23,11 +22,6 @@ def table_shapes() -> list[Shape]:
     platform = jax.default_backend()
     positions = _POSITIONS.get(platform, _OTHER_POSITIONS)
     return [(max(1, positions // L), L, D, 64) for D in _WIDTHS.get(platform, _OTHER_WIDTHS) for L in LENGTHS]
-
-
-def table_methods() -> list[str]:
-    """The methods to choose from; the recurrence is never the fastest at these shapes."""
-    return [name for name in METHODS if name not in ("auto", "recurrent")]
 
 
 def print_table(
@@ -57,7 +51,8 @@ def print_table(
         of_shape = print_shape(shape, methods, dtype=dtype, repeats=repeats, rates=rates)
         num_written += write_table(of_shape, path)
         rows += of_shape
-        methods = [name for name in methods if name not in hopeless(of_shape)]
+        slow = hopeless(of_shape)
+        methods = [name for name in methods if name not in slow]
     if not num_written:
         raise ValueError("no method of the package was timed: nothing to write to the table")
     print_slopes(rows)
