@@ -4,13 +4,19 @@ import ctypes
 import glob
 import importlib.metadata
 import importlib.util
+import itertools
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from diffussm_jax import config as config_lib
+from diffussm_jax import migrations
 
 # The exit code of a program that was told by SIGTERM to leave, and saved: the same command goes on. (EX_TEMPFAIL of
 # <sysexits.h>.) The launch scripts start it again.
@@ -50,9 +56,61 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
             traceback.print_exc()
             return CRASHED
 
+    sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
     if flag_values is not flags.FLAGS:
         flags.FLAGS.append_flag_values(flag_values)
     app.run(start)
+
+
+_OVERRIDE = re.compile(r"--?config\.(?P<key>[\w.]+)(?:=(?P<value>.*))?$", re.DOTALL)
+
+
+def _renamed(argument: str) -> str:
+    """An override of a config key under today's name, should it have had another one."""
+    match = _OVERRIDE.match(argument)
+    if match and match["key"] in migrations.MOVED:
+        return argument.replace(match["key"], migrations.MOVED[match["key"]], 1)
+    return argument
+
+
+def _overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """The overrides of the config on a command line, --config.KEY=VALUE or --config.KEY VALUE."""
+    found = {}
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if match := _OVERRIDE.match(argument):
+            found[match["key"]] = following if match["value"] is None else match["value"]
+    return found
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Loads a config file, and makes the choices that the command line makes, before it overrides single values."""
+
+    syntactic_help = "A file of configs/, such as configs/digits.py."
+
+    def parse(self, argument: str) -> ConfigDict:
+        config, overrides = config_lib.load_config(argument), _overrides(sys.argv[1:])
+        if "imports" in overrides:
+            config.imports = tuple(re.findall(r"[\w.]+", overrides["imports"]))
+            config_lib.import_modules(config)
+        for key in sorted(filter(config_lib.is_choice, overrides), key=lambda key: key.count(".")):
+            config_lib.choose(config, key, overrides[key])
+        return config_lib.complete(config).lock()
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
+    """Defines --config=FILE.py[:ARGUMENT] and the overrides behind it, --config.model.depth=2.
+
+    An override that chooses a component, --config.sampling.sampler=heun, takes effect first, wherever it stands, so
+    that the options of that component can be given too.
+    """
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/, such as configs/digits.py.", flag_values=flag_values
+    )
+    flag_values["config"].parser = _ConfigParser()
+    return holder
 
 
 def keep_freed_memory() -> None:

@@ -1,178 +1,219 @@
-"""Configurations: the defaults of every key, the model sizes, the paper's settings, and the checks made before a run.
+"""Configs: the keys of a run with their defaults, what a saved config means today, and the checks made before a run.
 
-A file in `configs/` starts from `default_config()` or `paper_config()` and sets values. The command line overrides
-any of them, `--config.model.depth=2`.
+A file in `configs/` starts from `default_config()` or `paper_config()` and sets values. The command line overrides any
+of them, `--config.model.depth=2`.
+
+Some keys choose a component of the registry, such as `model.name`, `diffusion.schedule` or `sampling.sampler`. The
+options of the chosen component are further keys of the same group. To choose another one use `choose`, or give the
+key on the command line, `--config.sampling.sampler=heun`.
 """
 
+import copy
+import dataclasses
+import importlib
 import importlib.util
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
+from typing import Annotated, Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
-# XL is the paper's. It prints 786 for L's width and no depths for S and L: 768, 24 and 12 are ours.
-DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        "S": {"width": 384, "depth": 12},
-        "L": {"width": 768, "depth": 24},
-        "XL": {"width": 1152, "depth": 29},
-    }
-)
-
-# The values that a key may have, where they are names.
-CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "model.name": ("diffussm",),
-        "model.scan": ("raster", "2d"),
-        "model.discretization": ("zoh", "bilinear"),
-        "model.initialization": ("legs", "lin", "inv"),
-        "model.ssm_method": ("auto", "recurrent", "associative", "fft", "chunked", "pallas"),
-        "model.remat": ("none", "dots", "block"),
-        "model.dtype": ("float32", "bfloat16"),
-        "data.source": ("digits", "images", "latents"),
-        "diffusion.schedule": ("linear", "cosine"),
-        "optimizer.decay": ("constant", "cosine"),
-        "sampling.sampler": ("ddpm", "ddim"),
-        "sampling.guided_channels": ("all", "first_three"),
-    }
-)
-
-# Whole numbers that must be at least this.
-_AT_LEAST: Mapping[str, int] = MappingProxyType(
-    {
-        "batch_size": 1,
-        "num_steps": 1,
-        "log_every": 1,
-        "eval_every": 0,
-        "sample_every": 0,
-        "checkpoint_every": 1,
-        "keep_every": 0,
-        "posthoc_ema_every": 0,
-        "model.width": 1,
-        "model.depth": 1,
-        "model.hourglass_ratio": 1,
-        "model.state_size": 2,
-        "model.scan_unroll": 1,
-        "data.image_size": 1,
-        "data.num_channels": 1,
-        "data.num_classes": 0,
-        "data.downsampling": 1,
-        "data.num_threads": 1,
-        "optimizer.warmup_steps": 0,
-        "optimizer.accumulation_steps": 1,
-        "optimizer.max_skipped_steps": 0,
-        "sampling.num_steps": 1,
-        "sampling.num_grid_rows": 1,
-    }
-)
-
-# Numbers that must lie in [low, high].
-_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "model.label_dropout": (0, 1),
-        "optimizer.learning_rate": (0, float("inf")),
-        "optimizer.weight_decay": (0, float("inf")),
-        "optimizer.max_grad_norm": (0, float("inf")),
-        "optimizer.ema_decay": (0, 1),
-        "data.scaling_factor": (1e-6, 1e6),
-        "sampling.guidance_scale": (0, float("inf")),
-        "sampling.eta": (0, 1),
-        "diffusion.num_steps": (21, 100_000),
-    }
-)
+from diffussm_jax import migrations, registry
+from diffussm_jax.models import DIFFUSSM_SIZES
+from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Range, options_of
+from diffussm_jax.training.optimizer import DECAYS
 
 
-def load_config(file: str) -> ConfigDict:
-    """The config of a file of configs/, as --config gives it to the programs: "configs/imagenet256.py:XL".
+@dataclasses.dataclass
+class Run:
+    """Keys of the config itself."""
 
-    Raises:
-      FileNotFoundError: there is no such file.
-    """
-    path, colon, argument = file.partition(":")
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument) if colon else module.get_config()
+    seed: int = 0
+    batch_size: Annotated[int, Range(1)] = 256  # global, over all devices
+    num_steps: Annotated[int, Range(1)] = 400_000
+    log_every: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 100
+    eval_every: Annotated[int, Range(0), CHANGEABLE_ON_RESUME] = 5_000  # the EMA weights' held-out loss; 0: never
+    sample_every: Annotated[int, Range(0), CHANGEABLE_ON_RESUME] = 5_000  # a grid of samples; 0: never
+    checkpoint_every: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 5_000  # the newest two and the best are kept
+    keep_every: Annotated[int, Range(0), CHANGEABLE_ON_RESUME] = 0  # checkpoints of its multiples are kept; 0: none
+    posthoc_ema_every: Annotated[int, Range(0)] = 0  # averages are stored for post-hoc EMA; 0: never
+    best_metric: Annotated[str, CHANGEABLE_ON_RESUME] = "eval_loss"  # by which the best checkpoint is kept
+    best_mode: Annotated[str, Choices(("min", "max")), CHANGEABLE_ON_RESUME] = "min"
+    imports: Annotated[tuple, CHANGEABLE_ON_RESUME] = ()  # modules that register more components
+
+
+@dataclasses.dataclass
+class Data:
+    """Keys of `config.data`."""
+
+    source: str = "digits"
+    path: Annotated[str, CHANGEABLE_ON_RESUME] = ""  # of "images" (see data.sources.open_source) and "latents"
+    split: str = "train"
+    eval_split: Annotated[str, CHANGEABLE_ON_RESUME] = "eval"  # held out; "": none
+    image_size: Annotated[int, Range(1)] = 8  # pixels
+    num_channels: Annotated[int, Range(1)] = 1  # of what the model sees: pixels or latents
+    num_classes: Annotated[int, Range(0)] = 10  # 0: unconditional
+    random_crop: bool = False  # crops of pixels are placed and scaled at random, as ADM's; else at the centre
+    random_flip: bool = False  # mirrors half of the images (latents: always)
+    num_threads: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 4  # that read ahead, a batch each
+    # Of the autoencoder of latents; a data set's card must agree.
+    downsampling: Annotated[int, Range(1)] = 1  # pixels per latent position
+    scaling_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    vae: Annotated[str, CHANGEABLE_ON_RESUME] = ""  # a diffusers folder or repository, to decode samples
+
+
+@dataclasses.dataclass
+class Diffusion:
+    """Keys of `config.diffusion`."""
+
+    schedule: str = "linear"  # the forward process
+    target: str = "noise"  # what the model predicts
+    has_learned_variance: bool = True  # the model returns 2C channels
+    clip_x_0: bool = False  # in sampling; True for pixels, False for latents
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """Keys of `config.optimizer`."""
+
+    learning_rate: Annotated[float, Range(0)] = 1e-4
+    warmup_steps: Annotated[int, Range(0)] = 0
+    decay: Annotated[str, Choices(DECAYS)] = "constant"  # "cosine": to zero at num_steps
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    max_grad_norm: Annotated[float, Range(0)] = 0.0  # 0: no clipping
+    ema_decay: Annotated[float, Range(0, 1)] = 0.9999
+    has_ema_warmup: bool = False  # decay of at most (1 + step) / (10 + step)
+    accumulation_steps: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 1  # microbatches, to save memory
+    max_skipped_steps: Annotated[int, Range(0), CHANGEABLE_ON_RESUME] = 10  # in a row, for a loss that is not finite
+
+
+@dataclasses.dataclass
+class Sampling:
+    """Keys of `config.sampling`."""
+
+    sampler: str = "ddpm"
+    num_steps: Annotated[int, Range(1)] = 250
+    guidance_scale: Annotated[float, Range(0)] = 1.0  # 1: none
+    guided_channels: Annotated[str, Choices(("all", "first_three"))] = "all"
+    guidance_interval: tuple = (0.0, math.inf)  # in t
+    num_grid_rows: Annotated[int, Range(1)] = 8  # of the grid that training draws
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Keys of `config.mesh`: devices along each axis; -1: as many as the others leave."""
+
+    data: int = -1  # copies of the model, each with its part of the batch
+    fsdp: int = 1  # the batch, and parameters and optimizer state too
+    tensor: int = 1  # the width
+
+
+GROUPS = {"data": Data, "diffusion": Diffusion, "optimizer": Optimizer, "sampling": Sampling, "mesh": Mesh}
+# Keys that choose a component whose options stand beside them, and its kind.
+_FLAT_CHOICES = {
+    "diffusion.schedule": "process",
+    "diffusion.target": "target",
+    "sampling.sampler": "sampler",
+    "data.source": "source",
+}
+# Groups {"name", **options}; below the last two any number of them, under any key.
+_NAMED_GROUPS = {"task": "task", "model": "model", "conditioners.": "conditioner", "hooks.": "hook"}
 
 
 def default_config() -> ConfigDict:
-    """Every key that a run knows, with a comment where the name does not say it all."""
-    config = ConfigDict()
-    config.seed = 0
-    config.batch_size = 256  # global, over all devices
-    config.num_steps = 400_000
-    config.log_every = 100
-    config.eval_every = 5_000  # 0: never; the loss of the EMA weights on held-out data
-    config.sample_every = 5_000  # 0: never; a grid of samples
-    config.checkpoint_every = 5_000  # the newest two are kept, and the one of the lowest eval_loss
-    config.keep_every = 0  # checkpoints of multiples of it are kept for good; 0: none
-    config.posthoc_ema_every = 0  # averages are stored for post-hoc EMA, and kept for good; 0: never
+    """Every key of a run, with its default."""
+    config = ConfigDict({name: option.default for name, option in options_of(Run).items()})
+    config.task = registry.group("task", "diffusion")
+    config.model = registry.group("model", "diffussm")
+    config.conditioners = ConfigDict({"label": registry.group("conditioner", "label")})
+    config.hooks = ConfigDict()
+    for name, keys in GROUPS.items():
+        config[name] = ConfigDict({key: option.default for key, option in options_of(keys).items()})
+    return complete(config)
 
-    config.model = ConfigDict()
-    config.model.name = "diffussm"
-    config.model.width = 384
-    config.model.depth = 12
-    config.model.hourglass_ratio = 2
-    config.model.has_position_embedding = True
-    config.model.state_size = 64
-    config.model.scan = "raster"  # the paper's; "2d": the SSMs run over the columns too
-    config.model.bidirectional = True
-    config.model.discretization = "zoh"
-    config.model.initialization = "lin"
-    config.model.ssm_method = "auto"
-    config.model.label_dropout = 0.1
-    config.model.remat = "none"  # what is computed again in the backward pass: "dots": all but linear layers; "block"
-    config.model.scan_unroll = 1
-    config.model.dtype = "float32"  # of the linear layers; SSMs' states, norms and losses are float32 always
 
-    config.data = ConfigDict()
-    config.data.source = "digits"
-    config.data.path = ""  # "images": what data.sources.open_source reads; "latents": a folder that precompute wrote
-    config.data.split = "train"
-    config.data.eval_split = "eval"  # held out; "": none
-    config.data.image_size = 8  # pixels
-    config.data.num_channels = 1  # of what the model sees: pixels or latents
-    config.data.num_classes = 10  # 0: unconditional
-    config.data.random_crop = False  # of pixels: scaled and placed at random, as ADM's; else at the centre
-    config.data.random_flip = False  # mirrors half of the images (latents: always)
-    config.data.num_threads = 4  # that read ahead, a batch each
-    # Of the autoencoder of latents; a data set's card must agree.
-    config.data.downsampling = 1  # pixels a latent position
-    config.data.scaling_factor = 1.0
-    config.data.vae = ""  # to decode samples: a diffusers folder or repository; must be the one of the card
-
-    config.diffusion = ConfigDict()
-    config.diffusion.schedule = "linear"
-    config.diffusion.num_steps = 1000
-    config.diffusion.clip_x_0 = False  # in sampling; True for pixels, False for latents
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_steps = 0
-    config.optimizer.decay = "constant"  # or "cosine", to zero at num_steps
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.max_grad_norm = 0.0  # 0: no clipping
-    config.optimizer.ema_decay = 0.9999
-    config.optimizer.accumulation_steps = 1  # parts of a batch that are computed one after the other, to save memory
-    config.optimizer.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite; more end the run
-    config.optimizer.has_ema_warmup = False  # decay of at most (1 + step) / (10 + step)
-
-    config.sampling = ConfigDict()
-    config.sampling.sampler = "ddpm"
-    config.sampling.num_steps = 250
-    config.sampling.eta = 0.0  # of DDIM
-    config.sampling.guidance_scale = 1.0  # 1: none
-    config.sampling.guided_channels = "all"
-    config.sampling.guidance_interval = (0.0, float("inf"))  # in t
-    config.sampling.num_grid_rows = 8  # of the grid that training draws
-
-    config.mesh = ConfigDict()
-    # Devices along each axis; -1: as many as the others leave.
-    config.mesh.data = -1  # copies of the model, each with its part of the batch
-    config.mesh.fsdp = 1  # the batch, and parameters and optimizer state too
-    config.mesh.tensor = 1  # the width
+def complete(config: ConfigDict) -> ConfigDict:
+    """Adds missing keys, those of the chosen components included, with their defaults; returns the same config."""
+    for path, keys in {"": Run, **GROUPS}.items():
+        group = config[path] if path else config
+        for name, option in options_of(keys).items():
+            if name not in group:
+                group[name] = option.default
+    for key, kind, group in chosen(config):
+        defaults = registry.group(kind, value_at(config, key))
+        for name, value in defaults.items():
+            if name != "name" and name not in group:
+                group[name] = value
     return config
+
+
+def value_at(config: Mapping, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def chosen(config: ConfigDict) -> list[tuple[str, str, ConfigDict]]:
+    """(key that chooses, kind, group that holds the options) of every choice, outer ones first."""
+    found = [(key, kind, value_at(config, key.rpartition(".")[0])) for key, kind in _FLAT_CHOICES.items()]
+    stack = []
+    for prefix, kind in _NAMED_GROUPS.items():
+        if prefix.endswith("."):
+            stack += [(f"{prefix}{key}", kind, group) for key, group in config[prefix[:-1]].items()]
+        else:
+            stack.append((prefix, kind, config[prefix]))
+    while stack:
+        path, kind, group = stack.pop(0)
+        found.append((f"{path}.name", kind, group))
+        for name, option in registry.options_of(registry.component(kind, group.name, f"{path}.name")).items():
+            if option.component:
+                if name not in group:
+                    group[name] = registry.group(option.component.kind, option.component.default)
+                stack.append((f"{path}.{name}", option.component.kind, group[name]))
+    return found
+
+
+def choose(config: ConfigDict, key: str, name: str) -> None:
+    """Chooses another component, `choose(config, "sampling.sampler", "heun")`, and replaces the options of the old one.
+
+    Options of the same name keep their values. Groups of conditioners and hooks that do not exist yet are made.
+
+    Raises:
+      ValueError: the key chooses nothing, or there is no such component.
+    """
+    path, _, last = key.rpartition(".")
+    if key in _FLAT_CHOICES:
+        kind, group = _FLAT_CHOICES[key], value_at(config, path)
+        old, new = registry.options(kind, group[last]), registry.component(kind, name, key)
+        keep = {k: v for k, v in group.items() if k not in old or k in options_of(GROUPS[path])}
+        values = {k: group.get(k, option.default) for k, option in options_of(new).items()}
+        config[path] = ConfigDict({**keep, **values, last: name})
+        return
+    kind = _kind_of_group(config, path) if last == "name" else None
+    if kind is None:
+        raise ValueError(f"config.{key} chooses no component")
+    registry.component(kind, name, key)
+    parent, _, own = path.rpartition(".")
+    parent = value_at(config, parent) if parent else config
+    group = registry.group(kind, name)
+    old = parent.get(own, ConfigDict())
+    group.update({k: v for k, v in old.items() if k in group and k != "name" and not isinstance(v, ConfigDict)})
+    parent[own] = group
+
+
+def _kind_of_group(config: ConfigDict, path: str) -> str | None:
+    for prefix, kind in _NAMED_GROUPS.items():
+        if path == prefix or (prefix.endswith(".") and path.startswith(prefix) and "." not in path[len(prefix) :]):
+            return kind
+    kinds = {key.removesuffix(".name"): kind for key, kind, _ in chosen(config) if key.endswith(".name")}
+    return kinds.get(path)
+
+
+def is_choice(key: str) -> bool:
+    """Whether a dotted key chooses a component."""
+    return key in _FLAT_CHOICES or key.endswith(".name")
 
 
 def apply_size(config: ConfigDict, size: str) -> None:
@@ -184,18 +225,13 @@ def apply_size(config: ConfigDict, size: str) -> None:
 
 def use_latents(config: ConfigDict, *, vae: str = "stabilityai/sd-vae-ft-ema") -> None:
     """Sets the data to latents of the f8, 4-channel autoencoder of latent diffusion, nothing held out."""
-    config.data.source = "latents"
-    config.data.num_channels = 4
-    config.data.downsampling = 8
-    config.data.scaling_factor = 0.18215
-    config.data.vae = vae
-    config.data.eval_split = ""
+    choose(config, "data.source", "latents")
+    config.data.update(num_channels=4, downsampling=8, scaling_factor=0.18215, vae=vae, eval_split="")
     config.eval_every = 0
 
 
 def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:
-    """The paper's training setting on latents (arXiv 2311.18257, section 4.1; what it leaves open as DiT and ADM have
-    it).
+    """The paper's training setting on latents (arXiv 2311.18257, section 4.1; where it is silent, as DiT and ADM).
 
     Args:
       size: "S", "L" or "XL".
@@ -210,121 +246,68 @@ def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:
     config.model.remat = "block"
     config.model.dtype = "bfloat16"
     use_latents(config)
-    config.data.image_size = image_size
-    config.data.num_classes = num_classes
+    config.data.update(image_size=image_size, num_classes=num_classes)
     return config
 
 
-def flatten(values: Mapping | ConfigDict, prefix: str = "") -> dict[str, object]:
-    """The values of all groups under dotted keys, "model.depth"."""
-    items = {}
-    for key, value in values.items():
-        is_group = isinstance(value, Mapping | ConfigDict)
-        items.update(flatten(value, f"{prefix}{key}.") if is_group else {prefix + key: value})
-    return items
+def load_config(file: str) -> ConfigDict:
+    """The config of a file of configs/, as --config gives it to the programs: "configs/imagenet256.py:XL".
 
-
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
-    """Checks a whole config, in milliseconds, before anything is built.
-
-    Args:
-      config: in the form of `default_config()`.
-      num_devices: how many devices there are.
+    This runs the file, which is Python.
 
     Raises:
-      ValueError: a key is missing or unknown, or a value is not allowed or does not fit another or the devices. The
-        message names the key, the value and what is allowed.
+      ValueError: there is no such file, or it defines no get_config.
     """
-    values, known = flatten(config), flatten(default_config())
-    unknown, missing = sorted(values.keys() - known.keys()), sorted(known.keys() - values.keys())
-    if unknown or missing:
-        raise ValueError(f"config keys do not match: unknown {unknown}, missing {missing}; known are {sorted(known)}")
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise ValueError(f"config.{key} is {values[key]!r}; choose one of {', '.join(choices)}")
-    for key, minimum in _AT_LEAST.items():
-        if not isinstance(values[key], int) or values[key] < minimum:
-            raise ValueError(f"config.{key} must be a whole number of at least {minimum}, got {values[key]!r}")
-    for key, (low, high) in _RANGES.items():
-        if not low <= values[key] <= high:
-            raise ValueError(f"config.{key} must be from {low} to {high}, got {values[key]!r}")
-    _check_combinations(config, num_devices)
+    path, colon, argument = file.partition(":")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or not epath.Path(path).exists():
+        raise ValueError(f"there is no config file {path!r}; give a Python file such as configs/digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} defines no get_config()")
+    config = module.get_config(argument) if colon else module.get_config()
+    import_modules(config)
+    migrations.rename(config)
+    return complete(config)
 
 
-def _check_combinations(config: ConfigDict, num_devices: int) -> None:
-    model, data = config.model, config.data
-    if config.eval_every and not data.eval_split:
-        raise ValueError("config.eval_every needs held-out data: set config.data.eval_split, or eval_every to 0")
-    if data.image_size % data.downsampling:
-        raise ValueError(
-            f"config.data.image_size = {data.image_size} is not a multiple of "
-            f"config.data.downsampling = {data.downsampling}"
-        )
-    latent_width = data.image_size // data.downsampling
-    M = model.hourglass_ratio
-    if latent_width % M or 2 * model.width % M:
-        raise ValueError(
-            f"config.model.hourglass_ratio M = {M} must divide the latent's width {latent_width} "
-            f"(so that L = {latent_width**2} is a multiple of M) and 2 * config.model.width = {2 * model.width}"
-        )
-    if model.has_position_embedding and model.width % 4:
-        raise ValueError(f"config.model.width must be a multiple of 4 for the position embedding, got {model.width}")
-    if model.state_size % 2:
-        raise ValueError(f"config.model.state_size must be even, got {model.state_size}")
-    if config.sampling.num_steps > config.diffusion.num_steps:
-        raise ValueError(
-            f"config.sampling.num_steps = {config.sampling.num_steps} exceeds "
-            f"config.diffusion.num_steps = {config.diffusion.num_steps}"
-        )
-    if config.sampling.guidance_scale != 1 and (data.num_classes == 0 or model.label_dropout == 0):
-        raise ValueError(
-            f"config.sampling.guidance_scale = {config.sampling.guidance_scale} needs a null label: classes and "
-            f"label dropout, got config.data.num_classes = {data.num_classes} and "
-            f"config.model.label_dropout = {model.label_dropout}"
-        )
-    if data.source != "latents" and (data.downsampling, data.scaling_factor) != (1, 1):
-        raise ValueError(
-            f"config.data.downsampling and scaling_factor must be 1 for pixels, got {data.downsampling} and "
-            f"{data.scaling_factor}"
-        )
-    if data.random_crop and data.source != "images":
-        raise ValueError(f"config.data.random_crop is for the source images, not {data.source}")
-    try:
-        data, fsdp, tensor = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, num_devices=num_devices)
-    except ValueError as error:
-        raise ValueError(f"config.mesh: {error}") from error
-    parts = data * fsdp * config.optimizer.accumulation_steps
-    if config.batch_size % parts:
-        raise ValueError(
-            f"config.batch_size = {config.batch_size} is not a multiple of {parts}: config.mesh.data = {data} x fsdp = "
-            f"{fsdp} devices x config.optimizer.accumulation_steps = {config.optimizer.accumulation_steps}"
-        )
-    if model.width % (fsdp * tensor):
-        raise ValueError(
-            f"config.model.width = {model.width} is not a multiple of config.mesh.fsdp = {fsdp} x tensor = {tensor}"
-        )
-
-
-def images_at_a_time(config: ConfigDict, mesh: Mapping[str, int]) -> int:
-    """How many images of a batch a device computes together, on a mesh of so many devices along each axis."""
-    return config.batch_size // (mesh["data"] * mesh["fsdp"] * config.optimizer.accumulation_steps)
-
-
-def mesh_shape(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[int, int, int]:
-    """The sizes of the mesh's axes, with a -1 filled so that all devices are used.
-
-    Their product may be smaller than the number of devices: then only the first are used.
+def import_modules(config: Mapping) -> None:
+    """Imports `config.imports`, which registers further components.
 
     Raises:
-      ValueError: a size is neither -1 nor positive, or the sizes do not fit the devices.
+      ValueError: a module cannot be imported.
     """
-    sizes = (data, fsdp, tensor)
-    named = f"data = {data}, fsdp = {fsdp}, tensor = {tensor}"
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"the axes must be positive, and one of them may be -1 to fill; got {named}")
-    product = math.prod(size for size in sizes if size != -1)
-    if product > num_devices:
-        raise ValueError(f"{named} needs {product} devices, there are {num_devices}")
-    if -1 in sizes and num_devices % product:
-        raise ValueError(f"{named} does not divide the {num_devices} devices")
-    return tuple(num_devices // product if size == -1 else size for size in sizes)
+    for name in config.get("imports", ()):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"config.imports: the module {name!r} cannot be imported: {error}") from error
+
+
+def to_plain(config: ConfigDict) -> dict:
+    """The config as JSON can hold it, with the number of its format; infinity becomes the string "inf"."""
+
+    def plain(value):
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return "inf" if value == math.inf else value
+
+    return migrations.stamp(plain(complete(copy.deepcopy(config)).to_dict()))
+
+
+def from_plain(values: dict) -> ConfigDict:
+    """The config that `to_plain` wrote down, in this version or an older one."""
+
+    def rich(value):
+        if isinstance(value, dict):
+            return {k: rich(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return tuple(rich(v) for v in value)
+        return math.inf if value == "inf" else value
+
+    config = ConfigDict(rich(migrations.migrate(values)))
+    import_modules(config)
+    return complete(config)

@@ -8,18 +8,15 @@ import signal
 
 import jax
 from absl import app, flags
-from clu import parameter_overview
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from diffussm_jax import cli
-from diffussm_jax.build import build_experiment, build_model, input_shape
-from diffussm_jax.config import validate
+from diffussm_jax.build import Parts
+from diffussm_jax.experiment import build_experiment
 from diffussm_jax.training.loop import train
-from diffussm_jax.training.state import init_params
+from diffussm_jax.validation import validate
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/, such as configs/digits.py.", lock_config=True
-)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the run: config, metrics, checkpoints and samples; may be gs://."
 )
@@ -36,15 +33,16 @@ _WANDB_PROJECT = flags.DEFINE_string(
 
 def describe(config: ConfigDict) -> str:
     """One line on the config's model: its parameters, sequence, and multiply-adds, without building any array."""
-    model, shape = build_model(config), input_shape(config)
-    H, W, C = shape
-    params = jax.eval_shape(lambda: init_params(model, shape, 0))
-    num_parameters = parameter_overview.count_parameters(params)
-    multiply_adds = model.multiply_adds(H, W, C)["total"]
-    return (
-        f"{type(model).__name__}: {num_parameters:,} parameters, {H} x {W} x {C} input, L = {H * W:,} positions, "
-        f"{multiply_adds / 1e9:.3f} G multiply-adds a forward pass of one image in the linear layers"
+    parts = Parts(config)
+    H, W, C = parts.input_shape
+    costs = parts.model.costs(parts.input_shape)
+    line = (
+        f"{type(parts.model).__name__}: {sum(costs.parameters.values()):,} parameters, {H} x {W} x {C} input, "
+        f"L = {H * W:,} positions"
     )
+    if not costs.multiply_adds:
+        return line
+    return f"{line}, {costs.total / 1e9:.3f} G multiply-adds a forward pass of one image in the linear layers"
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:

@@ -37,6 +37,7 @@ from diffussm_jax.data import latents
 from diffussm_jax.data.images import BrokenImage
 from diffussm_jax.data.sources import Source, open_source
 from diffussm_jax.data.transforms import center_crop, image_grid, save_png, to_uint8, to_unit_range
+from diffussm_jax.io import write_whole
 from diffussm_jax.parallel.mesh import make_mesh, over_batch, replicated
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
@@ -164,7 +165,7 @@ class _Progress:
                 "--out:\n  " + "\n  ".join(differing)
             )
         self._folder.mkdir(parents=True, exist_ok=True)
-        latents.write_whole(path, json.dumps(settings, indent=1))
+        write_whole(path, json.dumps(settings, indent=1))
 
     def _path(self, shard: int) -> epath.Path:
         return self._folder / f"{shard:05d}.json"
@@ -178,7 +179,7 @@ class _Progress:
 
     def finished(self, shard: int, about: dict, skipped: list[dict]) -> None:
         """Notes a shard that is there under its name."""
-        latents.write_whole(self._path(shard), json.dumps({"shard": about, "skipped": skipped}))
+        write_whole(self._path(shard), json.dumps({"shard": about, "skipped": skipped}))
 
     def delete(self) -> None:
         """Ends it: the card says all of it."""
@@ -231,7 +232,7 @@ def _text(name: str) -> str:
 
 def _read(job: Job, index: int) -> _Item:
     try:
-        image, label, key = job.source[index]
+        image, label, key, _ = job.source[index]
     except BrokenImage as error:
         key, reason = error.args
         return _Item(index, None, 0, _text(key), _text(str(reason)))

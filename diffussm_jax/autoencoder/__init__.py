@@ -1,7 +1,7 @@
 """Autoencoders, which turn images into latents and back; their weights are read from and written for diffusers."""
 
 from diffussm_jax.autoencoder.convert import encoder_hash, from_diffusers, to_diffusers, weights_hash
-from diffussm_jax.autoencoder.kl import AutoencoderKL, init_params, sample_latents
+from diffussm_jax.autoencoder.kl import AutoencoderKL, init_params, make_decoder, sample_latents
 from diffussm_jax.autoencoder.tiling import tiled_decode, tiled_encode
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "encoder_hash",
     "from_diffusers",
     "init_params",
+    "make_decoder",
     "sample_latents",
     "tiled_decode",
     "tiled_encode",

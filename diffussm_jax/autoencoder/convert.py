@@ -22,6 +22,7 @@ import safetensors.numpy
 from etils import epath
 
 from diffussm_jax.autoencoder.kl import DTYPES, AutoencoderKL
+from diffussm_jax.io import check_same_shapes, path_of, shapes_by_path
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -79,7 +80,7 @@ def from_diffusers(path: epath.PathLike, *, dtype: str = "float32") -> tuple[Aut
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from error
     tensors = _with_new_names(_read_tensors(directory / WEIGHTS))
-    _check_same(
+    check_same_shapes(
         {_diffusers_name(p): _diffusers_shape(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)},
         {name: tensor.shape for name, tensor in tensors.items()},
         f"{directory / WEIGHTS} does not hold the tensors of the model in {CONFIG}",
@@ -109,10 +110,8 @@ def to_diffusers(model: AutoencoderKL, params: Any, path: epath.PathLike, *, sam
       ValueError: the parameters are not the model's.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    _check_same(
-        {_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(_param_shapes(model))},
-        {_name(p): tuple(leaf.shape) for p, leaf in leaves},
-        "these are not the model's parameters",
+    check_same_shapes(
+        shapes_by_path(_param_shapes(model)), shapes_by_path(params), "these are not the model's parameters"
     )
     tensors = {}
     for leaf_path, leaf in leaves:
@@ -151,7 +150,7 @@ def weights_hash(params: Any) -> str:
       64 hex digits.
     """
     digest = hashlib.sha256()
-    named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    named = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     for name, leaf in sorted(named.items()):
         digest.update(f"{name} {list(leaf.shape)} {np.dtype(leaf.dtype).name}\n".encode())
         digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
@@ -285,35 +284,11 @@ def _param_shapes(model: AutoencoderKL) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
 
-def _name(path: Iterable[Any]) -> str:
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
 def _diffusers_name(path: Iterable[Any]) -> str:
     """encoder/down_blocks_0/resnets_1/norm1/scale -> encoder.down_blocks.0.resnets.1.norm1.weight."""
-    *modules, leaf = _name(path).split("/")
+    *modules, leaf = path_of(path).split("/")
     return ".".join([*(re.sub(r"_(\d+)$", r".\1", m) for m in modules), "bias" if leaf == "bias" else "weight"])
 
 
 def _diffusers_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return {4: (*shape[:1:-1], *shape[:2]), 2: shape[::-1]}.get(len(shape), shape)
-
-
-def _check_same(expected: Mapping[str, tuple], found: Mapping[str, tuple], message: str) -> None:
-    """Raises ValueError, with all lists, where names or the shapes under the same name differ."""
-    expected, found = ({name: tuple(shape) for name, shape in d.items()} for d in (expected, found))
-    if expected == found:
-        return
-    reshaped = [
-        f"{k}: {found[k]}, not {expected[k]}" for k in sorted(expected.keys() & found.keys()) if expected[k] != found[k]
-    ]
-    raise ValueError(
-        f"{message}.\n"
-        f"  missing: {_listed(expected, found)}\n"
-        f"  unexpected: {_listed(found, expected)}\n"
-        f"  of another shape: {reshaped}"
-    )
-
-
-def _listed(some: Mapping[str, tuple], others: Mapping[str, tuple]) -> list[str]:
-    return [f"{name} {some[name]}" for name in sorted(some.keys() - others.keys())]

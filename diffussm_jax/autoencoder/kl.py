@@ -10,11 +10,13 @@ float32 products are rounded to fewer digits on TPUs and recent GPUs unless `jax
 is set, which is worth its time where latents are computed once and stored.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 DTYPES = ("float32", "bfloat16")
 QUERY_CHUNK = 1024
@@ -293,3 +295,17 @@ def init_params(model: AutoencoderKL, seed: int) -> dict[str, Any]:
     """Random parameters, float32: an autoencoder before it is trained."""
     image = jnp.zeros((1, model.downsampling, model.downsampling, model.in_channels))
     return jax.jit(model.init)(jax.random.key(seed), image)["params"]
+
+
+def make_decoder(model: AutoencoderKL, params: Any, *, batch_size: int = 16) -> Callable[[jax.Array], np.ndarray]:
+    """A jitted function from latents [B, h, w, c], not scaled, to images in [-1, 1] [B, H, W, C] on the host.
+
+    Any B; at most `batch_size` are decoded at a time, so that memory does not grow with B.
+    """
+    decode = jax.jit(lambda latents: model.apply({"params": params}, latents, method="decode"))
+
+    def decode_all(latents):
+        parts = [latents[i : i + batch_size] for i in range(0, len(latents), batch_size)]
+        return np.concatenate([jax.device_get(decode(part)) for part in parts])
+
+    return decode_all

@@ -13,12 +13,15 @@ import struct
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
+
+from diffussm_jax.io import is_bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 MAX_ENCODED_BYTES = 1 << 30  # of one image in an archive, whose header may claim anything
@@ -37,11 +40,19 @@ for _category in (UserWarning, RuntimeWarning):
 
 
 class Example(NamedTuple):
-    """One item: image [H, W, C] uint8, its label (0 where the source has no classes), and its name in the source."""
+    """One item of a source.
+
+    Attributes:
+      image: [H, W, C] uint8.
+      label: its class; 0 where the source has none.
+      key: its name in the source.
+      conditions: arrays for other conditioners than the label's, by their keys.
+    """
 
     image: np.ndarray
     label: int
     key: str
+    conditions: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class BrokenImage(ValueError):  # noqa: N818 - it says what the item is
@@ -206,7 +217,7 @@ class ImageFolder(_Files):
         super().__init__("folder", self._path, list(_walk(self._path)), split)
 
     def _read(self, key: str) -> bytes:
-        if not _is_remote(self._path):
+        if not is_bucket(self._path):
             about = os.stat(self._path / key)
             if not stat.S_ISREG(about.st_mode):  # reading a pipe or a device might never end
                 raise ValueError("it is no regular file")
@@ -215,21 +226,17 @@ class ImageFolder(_Files):
 
     def _stamp(self, key: str) -> int:
         # Where the folder is remote, a stat is a request: a million of them to start a job is too much.
-        return 0 if _is_remote(self._path) else os.stat(self._path / key).st_size
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
+        return 0 if is_bucket(self._path) else os.stat(self._path / key).st_size
 
 
 def _walk(root: epath.Path) -> Iterator[str]:
     """The files below root, by their relative names."""
     start = os.fspath(root)
-    for folder, subfolders, names in root.walk() if _is_remote(root) else os.walk(start, followlinks=True):
+    for folder, subfolders, names in root.walk() if is_bucket(root) else os.walk(start, followlinks=True):
         folder = os.fspath(folder)
         below = folder.split("://")[-1].removeprefix(start.split("://")[-1])  # some backends drop the scheme
         yield from (f"{below}/{name}".lstrip("/") for name in names)
-        if not _is_remote(root):
+        if not is_bucket(root):
             subfolders[:] = [name for name in subfolders if not _leads_up(os.path.join(folder, name))]
 
 

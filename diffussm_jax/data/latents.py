@@ -21,7 +21,6 @@ import json
 import os
 import re
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -29,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from diffussm_jax.io import file_sha256, is_bucket, partial_path, write_whole
+
 FORMAT_VERSION = 1
 NAME = "latents"
 _FILENAME_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-_CHUNK_BYTES = 1 << 20
 
 
 def shard_name(split: str, index: int, num_shards: int) -> str:
@@ -43,27 +43,6 @@ def shard_name(split: str, index: int, num_shards: int) -> str:
 def card_name(split: str) -> str:
     """The file name of a split's card."""
     return f"card-{split}.json"
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is in a bucket."""
-    return "://" in os.fspath(path)
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a text file so that a reader sees all of it or none."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # of its own, should other hosts write it too
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def file_sha256(path: epath.Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _features(latent_shape: Sequence[int], class_names: Sequence[str]):
@@ -102,7 +81,7 @@ class ShardWriter:
         self._serializer = ExampleSerializer(self._features.get_serialized_info())
         self._path = epath.Path(folder) / shard_name(split, index, num_shards)
         self._partial = self._path.with_name(self._path.name + ".partial")
-        if is_remote(folder):
+        if is_bucket(folder):
             self._partial = epath.Path(tempfile.mkdtemp(prefix="diffussm_jax_")) / self._partial.name
         # One record a group: random access then reads no neighbours.
         self._writer = ArrayRecordWriter(str(self._partial), "group_size:1")
@@ -139,7 +118,7 @@ class ShardWriter:
             "sha256": file_sha256(self._partial),
             "sums": self._sums.tolist(),
         }
-        if is_remote(self._path):
+        if is_bucket(self._path):
             self._partial.copy(self._path, overwrite=True)  # a bucket shows an object when it is whole
             self._partial.parent.rmtree()
         else:
@@ -151,7 +130,7 @@ class ShardWriter:
         with contextlib.suppress(Exception):  # it may be a failed write that led here
             self._writer.close()
         self._partial.unlink(missing_ok=True)
-        if is_remote(self._path):
+        if is_bucket(self._path):
             self._partial.parent.rmtree()
 
 
@@ -289,6 +268,22 @@ def read_card(folder: epath.PathLike, split: str) -> dict:
     return card
 
 
+def check_card(card: Mapping, data: Mapping, path: str) -> None:
+    """ValueError, naming every key and both values, where a card does not fit the keys of `config.data`."""
+    H, _, C = card["latent_shape"]
+    expected = {
+        "image_size": card["image_size"],
+        "num_channels": C,
+        "downsampling": card["image_size"] // H,
+        "scaling_factor": card["vae"]["scaling_factor"],
+    }
+    if data["num_classes"]:
+        expected["num_classes"] = len(card["class_names"])
+    wrong = [f"config.data.{k} = {data[k]}, the card has {v}" for k, v in expected.items() if data[k] != v]
+    if wrong:
+        raise ValueError(f"the latents of {path} do not fit the config: " + "; ".join(wrong))
+
+
 def has_shard(folder: epath.Path, shard: Mapping) -> bool:
     """Whether a shard is there, and as long as `ShardWriter.finish` said."""
     path = folder / shard["file"]
@@ -312,7 +307,7 @@ def _local_copy(folder: epath.Path, card: Mapping) -> epath.Path:
     for name in [*wanted, *metadata]:
         if (local / name).exists():
             continue
-        partial = local / f"{name}.{os.getpid()}.partial"
+        partial = partial_path(local / name)
         (folder / name).copy(partial, overwrite=True)
         if name in wanted and file_sha256(partial) != wanted[name]:
             partial.unlink()
@@ -327,7 +322,7 @@ class Latents:
     Any number of threads may read.
 
     Args:
-      folder: of the data set.
+      path: folder of the data set.
       split: such as "train".
 
     Raises:
@@ -335,14 +330,16 @@ class Latents:
       ValueError: the metadata are damaged, or a shard of a bucket is.
     """
 
-    def __init__(self, folder: epath.PathLike, split: str):
+    holds_latents = True
+
+    def __init__(self, path: epath.PathLike, split: str):
         import tensorflow_datasets as tfds
 
-        folder = epath.Path(folder)
+        folder = epath.Path(path)
         self.card = read_card(folder, split)
         self.class_names = tuple(self.card["class_names"])
         check_shards(folder, self.card)
-        if is_remote(folder):
+        if is_bucket(folder):
             folder = _local_copy(folder, self.card)
         try:
             self._records = tfds.builder_from_directory(str(folder)).as_data_source(split=split)

@@ -15,6 +15,9 @@ import grain
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+# Philox fills a short seed up with zeros: [seed, epoch] is [seed, epoch, 0]. This keeps draws for records apart from
+# those for the order.
+_AUGMENT_SALT = 1
 
 
 class Records(Protocol):
@@ -64,6 +67,10 @@ class Loader:
         """The number of batches that hold every record at least once."""
         return -(-self._num_records // self.batch_size)
 
+    def num_rows(self, index: int) -> int:
+        """How many rows of global batch `index` of a pass are not repetitions: less than B in the last one."""
+        return min(self.batch_size, self._num_records - index * self.batch_size)
+
     def batch(self, step: int) -> Batch:
         """This process's rows of batch `step`: the records' arrays, stacked."""
         return self._batches[step]
@@ -91,7 +98,8 @@ class _Stream:
         record = dict(self._records[int(self._order(epoch)[position])])
         if self._augment is None:
             return record
-        return self._augment(record, np.random.Generator(np.random.Philox([self._seed or 0, epoch, position])))
+        seed = [self._seed or 0, epoch, position, _AUGMENT_SALT]
+        return self._augment(record, np.random.Generator(np.random.Philox(seed)))
 
     def _make_order(self, epoch: int) -> np.ndarray:
         if self._seed is None:

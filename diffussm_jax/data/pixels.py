@@ -8,7 +8,7 @@ from diffussm_jax.data.transforms import center_crop, random_crop
 
 
 class Pixels:
-    """A source's images as records {"image": [size, size, C] uint8, "label": int32}, cropped at the centre or not yet.
+    """A source's images as records {"image": [size, size, C] uint8, "label": int32, **conditions}.
 
     A broken image is a ValueError that names it.
 
@@ -16,7 +16,7 @@ class Pixels:
       source: of images.
       size: in pixels.
       num_channels: C; 1 keeps gray images, 3 is colour.
-      is_cropped: False leaves images as large as they are, for `crop_at_random`.
+      is_cropped: whether images are cropped at the centre; False leaves them whole, for `crop_at_random`.
 
     Raises:
       ValueError: the first image is not of so many channels.
@@ -36,12 +36,12 @@ class Pixels:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         try:
-            image, label, _ = self._source[index]
+            image, label, _, conditions = self._source[index]
         except BrokenImage as error:
             raise ValueError(f"{self._source.description}: {error}; remove it to train") from error
         if self._is_cropped and image.shape[:2] != (self._size, self._size):
             image = center_crop(image, self._size)
-        return {"image": image, "label": np.int32(label)}
+        return {"image": image, "label": np.int32(label), **conditions}
 
     def crop_at_random(self, record: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """A record whose image is a random square of the one that was not cropped; for `Loader`'s `augment`."""

@@ -10,7 +10,7 @@
 
 import functools
 import os
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -24,6 +24,7 @@ from diffussm_jax.data.images import (
     decode_image,
     fingerprint,
 )
+from diffussm_jax.options import NOT_AN_OPTION
 
 __all__ = [
     "DIGITS_SPLITS",
@@ -62,11 +63,11 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def open_source(spec: str, split: str = "") -> Source:
-    """Opens whatever `spec` names.
+def open_source(path: str, split: Annotated[str, NOT_AN_OPTION] = "") -> Source:
+    """Opens whatever `path` names.
 
     Args:
-      spec: "digits", "tfds:NAME", or a path, local or remote: a folder of images, of an LMDB, or of a TFDS data set, a
+      path: "digits", "tfds:NAME", or a path, local or remote: a folder of images, of an LMDB, or of a TFDS data set, a
         .zip or a .tar.
       split: "train", ...: a top-level folder, or what TFDS understands; "" for everything.
 
@@ -74,28 +75,28 @@ def open_source(spec: str, split: str = "") -> Source:
       FileNotFoundError: there is nothing at the path.
       ValueError: it is none of these, is damaged, or holds no images in this split.
     """
-    if spec == "digits":
+    if path == "digits":
         return Digits(split)
-    if spec.startswith("tfds:"):
-        return TFDS(spec.removeprefix("tfds:"), split)
-    path, name = epath.Path(spec), spec.rstrip("/").lower()
+    if path.startswith("tfds:"):
+        return TFDS(path.removeprefix("tfds:"), split)
+    folder, name = epath.Path(path), path.rstrip("/").lower()
     allowed = (
         'allowed are "digits", "tfds:NAME", a folder of images, of an LSUN LMDB (data.mdb) or of a TFDS data set '
         "(dataset_info.json), a .zip and a .tar"
     )
-    if not spec or not path.exists():
-        raise FileNotFoundError(f"no data at {spec!r}; {allowed}")
-    if path.is_dir():
-        if (path / "data.mdb").exists():
+    if not path or not folder.exists():
+        raise FileNotFoundError(f"no data at {path!r}; {allowed}")
+    if folder.is_dir():
+        if (folder / "data.mdb").exists():
             if split:
-                raise ValueError(f"{spec}: an LSUN folder is one split; leave the split empty, not {split!r}")
-            return LSUN(path)
-        return TFDS(path, split) if (path / "dataset_info.json").exists() else ImageFolder(path, split)
+                raise ValueError(f"{path}: an LSUN folder is one split; leave the split empty, not {split!r}")
+            return LSUN(folder)
+        return TFDS(folder, split) if (folder / "dataset_info.json").exists() else ImageFolder(folder, split)
     if name.endswith(".zip"):
-        return ImageZip(path, split)
+        return ImageZip(folder, split)
     if name.endswith((".tar", *_COMPRESSED_TARS)):  # ImageTar says what to do with a compressed one
-        return ImageTar(path, split)
-    raise ValueError(f"{spec} is no source of images; {allowed}")
+        return ImageTar(folder, split)
+    raise ValueError(f"{path} is no source of images; {allowed}")
 
 
 class Digits:

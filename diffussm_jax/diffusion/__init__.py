@@ -1,34 +1,55 @@
-"""Gaussian diffusion in plain JAX: schedules, losses, samplers and guidance. Nothing here knows a model.
+"""Gaussian diffusion in plain JAX. Nothing here knows a model, a label or Flax.
 
-Names follow DDPM (arXiv 2006.11239) and Improved DDPM (arXiv 2102.09672): x_0 is data, x_T noise, and with
-alpha_t = 1 - beta_t, `alpha_bar` is the product of the alphas up to t. Images are [B, H, W, C]; a learned-range model
-returns [B, H, W, 2C], the predicted noise and then the interpolation between the two bounds of the reverse variance.
+    processes   x_t = alpha(t) x_0 + sigma(t) noise: DDPM with a noise schedule, rectified flow
+    targets     what a model predicts: noise, x_0, v, velocity
+    objective   the training loss, and a model's output as a `Prediction` of x_0 and noise
+    guidance    wraps a denoiser: classifier-free guidance, clipping
+    samplers    from noise to data, with any denoiser
+
+A denoiser is a function (x_t [B, ..., C], t [B]) -> `Prediction`. Times are those of the process. Names follow DDPM
+(arXiv 2006.11239) and Improved DDPM (arXiv 2102.09672).
 """
 
-from diffussm_jax.diffusion.gaussian import (
-    Prediction,
-    p_mean_variance,
+from diffussm_jax.diffusion.guidance import both, clipped, guided, pair
+from diffussm_jax.diffusion.objective import Denoise, Drawn, Objective, Prediction
+from diffussm_jax.diffusion.processes import (
+    DiscreteProcess,
+    Process,
+    RectifiedFlow,
+    Reverse,
+    cosine_schedule,
+    linear_schedule,
     q_posterior,
     q_sample,
-    training_losses,
 )
-from diffussm_jax.diffusion.guidance import classifier_free
-from diffussm_jax.diffusion.samplers import SAMPLERS, ddim, ddpm
-from diffussm_jax.diffusion.schedule import SCHEDULES, Schedule, cosine_schedule, linear_schedule, respace
+from diffussm_jax.diffusion.samplers import DDIM, DDPM, Heun, Sampler, sample
+from diffussm_jax.diffusion.targets import X0, Noise, Target, V, Velocity
 
 __all__ = [
-    "SAMPLERS",
-    "SCHEDULES",
+    "DDIM",
+    "DDPM",
+    "X0",
+    "Denoise",
+    "DiscreteProcess",
+    "Drawn",
+    "Heun",
+    "Noise",
+    "Objective",
     "Prediction",
-    "Schedule",
-    "classifier_free",
+    "Process",
+    "RectifiedFlow",
+    "Reverse",
+    "Sampler",
+    "Target",
+    "V",
+    "Velocity",
+    "both",
+    "clipped",
     "cosine_schedule",
-    "ddim",
-    "ddpm",
+    "guided",
     "linear_schedule",
-    "p_mean_variance",
+    "pair",
     "q_posterior",
     "q_sample",
-    "respace",
-    "training_losses",
+    "sample",
 ]

@@ -1,4 +1,10 @@
-"""Classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
+"""Guidance and clipping: functions that wrap a denoiser. None of them knows what the condition is.
+
+    predict = objective.predict(apply)                                   # (x_t, t, condition) -> Prediction
+    conditional = lambda x_t, t: predict(x_t, t, condition)
+    denoise = guided(both(predict, condition, null), conditional, scale=1.5)
+    denoise = clipped(denoise, process)
+"""
 
 import math
 from collections.abc import Callable
@@ -6,63 +12,95 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from diffussm_jax.diffusion.objective import Denoise, Prediction
+from diffussm_jax.diffusion.processes import Process, scales
 
-def classifier_free(
-    model: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    y: jax.Array,
-    *,
-    null_label: int,
-    scale: float,
-    num_guided_channels: int | None = None,
-    interval: tuple[float, float] = (0, math.inf),
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A `denoise(x_t, t)` whose noise is uncond + scale * (cond - uncond); the variance is the conditional one.
+Pair = Callable[[jax.Array, jax.Array], tuple[Prediction, Prediction]]
+
+
+def both(predict: Callable[..., Prediction], condition, null) -> Pair:
+    """The predictions with `condition` and with `null`, by one call of the model on a doubled batch.
 
     Args:
-      model: (x_t, t, y) -> [B, H, W, 2C].
-      y: [B] int, the labels.
-      null_label: the label that stands for none.
-      scale: 1 is no guidance, and then costs no second evaluation.
-      num_guided_channels: how many of the noise's channels are guided: all C (None), or the first three as DiT does.
-      interval: guide where interval[0] <= t <= interval[1] (Kynkaanniemi et al., arXiv 2404.07724); outside, the
-        model is conditional and evaluated once.
+      predict: (x_t, t, condition) -> `Prediction`.
+      condition: a pytree of arrays [B, ...].
+      null: the same pytree for "no condition".
+    """
 
-    Returns:
-      denoise(x_t [B, H, W, C], t [B]) -> [B, H, W, 2C], for samplers, which give all rows of a batch the same t.
+    def evaluate(x_t, t):
+        doubled = jax.tree.map(lambda *halves: jnp.concatenate(halves), (x_t, t, condition), (x_t, t, null))
+        halves = jax.tree.map(lambda x: jnp.split(x, 2), predict(*doubled))
+        return tuple(jax.tree.map(lambda x, i=i: x[i], halves, is_leaf=lambda x: isinstance(x, list)) for i in (0, 1))
+
+    return evaluate
+
+
+def pair(denoise_a: Denoise, denoise_b: Denoise) -> Pair:
+    """The predictions of two denoisers, for guidance by another model (autoguidance, arXiv 2406.02507)."""
+    return lambda x_t, t: (denoise_a(x_t, t), denoise_b(x_t, t))
+
+
+def guided(
+    both: Pair,
+    conditional: Denoise,
+    *,
+    scale: float,
+    num_guided_channels: int | None = None,
+    interval: tuple[float, float] = (-math.inf, math.inf),
+) -> Denoise:
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): uncond + scale * (cond - uncond).
+
+    x_0 and noise are combined with the same weights; the variance is the conditional one.
+
+    Args:
+      both: gives the conditional and the unconditional prediction.
+      conditional: the denoiser without guidance.
+      scale: 1 is no guidance, and costs no second evaluation.
+      num_guided_channels: guides only the first channels, as DiT does with three; all if None.
+      interval: guides where interval[0] <= t <= interval[1] (Kynkaanniemi et al., arXiv 2404.07724); elsewhere the
+        model is evaluated once. All rows of a batch must have the same t.
 
     Raises:
-      ValueError: the scale is negative, the interval is empty, or more channels are to be guided than there are.
+      ValueError: the scale is negative, the interval is empty, or there are fewer channels.
     """
     if not scale >= 0:
         raise ValueError(f"the guidance scale must not be negative, got {scale}")
     if not interval[0] <= interval[1]:
         raise ValueError(f"the guidance interval must be (low, high) with low <= high, got {interval}")
+    if scale == 1:
+        return conditional
 
-    def conditional(x_t, t):
-        return model(x_t, t, y)
-
-    def guided(x_t, t):
+    def guide(x_t, t):
         C = x_t.shape[-1]
         num_guided = C if num_guided_channels is None else num_guided_channels
         if not 1 <= num_guided <= C:
             raise ValueError(f"num_guided_channels must be from 1 to the {C} channels of x_t, got {num_guided}")
-        both = model(
-            jnp.concatenate([x_t, x_t]),
-            jnp.concatenate([t, t]),
-            jnp.concatenate([y, jnp.full_like(y, null_label)]),
-        )
-        cond, uncond = jnp.split(both, 2)
-        noise = uncond[..., :num_guided] + scale * (cond[..., :num_guided] - uncond[..., :num_guided])
-        return jnp.concatenate([noise, cond[..., num_guided:]], -1)
+        is_guided = jnp.arange(C) < num_guided
+        cond, uncond = both(x_t, t)
 
-    if scale == 1:
-        return conditional
-    if tuple(interval) == (0, math.inf):
-        return guided
+        def combine(c, u):
+            return jnp.where(is_guided, u + scale * (c - u), c)
+
+        return cond._replace(x_0=combine(cond.x_0, uncond.x_0), noise=combine(cond.noise, uncond.noise))
+
+    if interval[0] == -math.inf and interval[1] == math.inf:
+        return guide
 
     def denoise(x_t, t):
         time = t.astype(jnp.float32)
-        inside = jnp.all((time >= interval[0]) & (time <= interval[1]))
-        return jax.lax.cond(inside, guided, conditional, x_t, t)
+        is_inside = jnp.all((time >= interval[0]) & (time <= interval[1]))
+        return jax.lax.cond(is_inside, guide, conditional, x_t, t)
 
     return denoise
+
+
+def clipped(denoise: Denoise, process: Process, low: float = -1.0, high: float = 1.0) -> Denoise:
+    """Clips the predicted x_0, and computes the noise anew so that both agree. For pixels, not for latents."""
+
+    def clip(x_t, t):
+        prediction = denoise(x_t, t)
+        alpha, sigma = scales(process, t, x_t.ndim)
+        x_0 = jnp.clip(prediction.x_0, low, high)
+        return prediction._replace(x_0=x_0, noise=(x_t - alpha * x_0) / sigma)
+
+    return clip

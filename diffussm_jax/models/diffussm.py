@@ -13,58 +13,66 @@ I = adaLN(x, c), with sigma the tanh form of GELU:
 The paper is silent on some choices, which are ours: tanh GELU (after BiGS, arXiv 2212.10544), W3 and the modulation
 starting at zero, the fixed position embedding, S4D-Lin at initialisation, and the depths of S and L.
 
-With scan = "2d", which is ours too, each S4D above is the sum of two, one along the rows of the latent and one along
-its columns (`models.mixers`); the linear layers stay as they are.
+The sequence mixer is a module of its own (`models.mixers`), S4D by default. With its scan = "2d", which is ours too,
+each S4D above is the sum of two, one along the rows of the latent and one along its columns.
 """
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from diffussm_jax.models.layers import (
-    NUM_TIME_FEATURES,
-    AdaLayerNorm,
-    LabelEmbed,
-    Linear,
-    TimeEmbed,
-    gelu,
-    sincos_2d,
-)
-from diffussm_jax.models.mixers import S4D
-from diffussm_jax.parallel.sharding import split_channels, whole_channels
-from diffussm_jax.ssm import DEFAULT_METHOD
+from diffussm_jax.layers import NUM_TIME_FEATURES, AdaLayerNorm, Linear, TimeEmbed, gelu, sincos_2d
+from diffussm_jax.models.backbone import Backbone, Condition, Costs
+from diffussm_jax.models.mixers import S4D, mix_phases
+from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range
+from diffussm_jax.parallel.sharding import Rules, split_channels, whole_channels
 
-SCANS = ("raster", "2d")
-# What the backward pass finds stored of each block beside its input; it computes the rest again.
+# XL is the paper's. It prints 786 for L's width and no depths for S and L: 768, 24 and 12 are ours.
+DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "S": {"width": 384, "depth": 12},
+        "L": {"width": 768, "depth": 24},
+        "XL": {"width": 1152, "depth": 29},
+    }
+)
+# Activations of a block that are saved for the backward pass, beside its input; the others are computed again.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("dense"),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-# How the parameters lie on the mesh (`parallel.sharding`). D is split along `tensor` so that no SSM and no nonlinearity
-# communicates: W0 gathers its output, W_down and W3 sum theirs. `fsdp` splits a dimension that is free.
-SHARDING_RULES = (
+# How parameters are laid over the mesh (`parallel.sharding`). D is split along `tensor` so that no SSM and no
+# nonlinearity communicates: W0 gathers its output, W_down and W3 sum theirs. `fsdp` splits a dimension that is free.
+SHARDING_RULES: Rules = (
     (r"blocks/(W0|W1|W2)/kernel$", (None, "fsdp", "tensor")),
     (r"blocks/W_up/kernel$", (None, None, "fsdp", "tensor")),
     (r"blocks/W_down/kernel$", (None, None, None, "tensor", "fsdp")),
     (r"blocks/W3/kernel$", (None, "tensor", "fsdp")),
     (r"blocks/(W0|W1|W2)/bias$", (None, "tensor")),
     (r"blocks/W_up/bias$", (None, None, "tensor")),
-    (r"blocks/ssm/", (None, ("tensor", "fsdp"))),
     (r"blocks/norm/modulation/kernel$", (None, None, "fsdp")),
     (r"(final_norm/modulation|time_embed/out)/kernel$", (None, "fsdp")),
 )
 
 
 class Block(nn.Module):
-    """One gated bidirectional SSM block: x [B, J, D], c [B, D] -> (x [B, J, D], None), as `nn.scan` takes it."""
+    """One gated bidirectional SSM block: x [B, J, D], c [B, D] -> (x [B, J, D], None), as `nn.scan` takes it.
+
+    Attributes:
+      hourglass_ratio: M.
+      mixer: factory of the sequence mixer, called with name="ssm".
+      grid: (H, W) of the L = H W positions.
+      dtype: of the linear layers and the residual stream.
+    """
 
     hourglass_ratio: int
-    mixer: Mapping[str, object]
+    mixer: Callable[..., nn.Module]
+    grid: tuple[int, int]
     dtype: jnp.dtype
 
     @nn.compact
@@ -88,7 +96,7 @@ class Block(nn.Module):
         # U and Y stay apart by k and have channels first, as products give and take them and `ssm.phases` explains.
         W_up = position_dense("bjd,mde->mebj", (M, D, D), "W_up")
         U = gelu(keep(split_channels(W_up(h), batch=2, channels=1)))
-        Y = S4D(**self.mixer, name="ssm")(U)  # [M, R, D, B, J]
+        Y = mix_phases(self.mixer(name="ssm"), U, self.grid)  # [M, R, D, B, J]
         W_down = position_dense("mrdbj,mrde->bjme", (M, Y.shape[1], D, 2 * D // M), "W_down")
         I_down = gelu(keep(whole_channels(W_down(Y)))).reshape(B, J, 2 * D)
         left = gelu(keep(split_channels(dense(2 * D, 2 * D, "W2")(I_down))))
@@ -97,99 +105,93 @@ class Block(nn.Module):
         return whole_channels(x + W3(left * right)), None
 
 
-class DiffuSSM(nn.Module):
-    """The DiffuSSM backbone: (x_t [B, H, W, C], t [B], y [B]) -> [B, H, W, 2C] float32, noise and variance fraction.
+class DiffuSSM(Backbone):
+    """The DiffuSSM backbone: (x_t [B, H, W, C], t [B], condition) -> [B, H, W, num_outputs * C] float32.
 
     Attributes:
       width: D, a multiple of 4 if there is a position embedding, and 2D one of M.
       depth: number of blocks.
-      num_classes: labels are 0 ... num_classes-1, and num_classes is the null label; 0 for an unconditional model,
-        which takes no y.
       hourglass_ratio: M; divides W.
       has_position_embedding: whether to add a fixed 2-D sin-cos embedding.
-      state_size: N of the SSMs.
-      scan: "raster", the SSMs run over the flattened latent; or "2d", as many again run over it column by column.
-      bidirectional: whether the SSMs run in both directions.
-      discretization: "zoh" or "bilinear".
-      initialization: "legs", "lin" or "inv".
-      ssm_method: how the SSMs are computed (`ssm_apply`).
-      label_dropout: probability of the null label in training.
-      remat: what is kept for the backward pass: "none" (everything), "dots" (each block's input and what its linear
-        layers give; SSM and nonlinearities are computed again), "block" (each block's input).
-      scan_unroll: how many blocks each iteration of the scan over depth holds.
+      mixer: factory of each block's sequence mixer (`models.mixers`), called with name.
+      remat: activations saved for the backward pass: "none" saves all, "dots" each block's input and the outputs of its
+        linear layers, "block" each block's input.
+      scan_unroll: blocks in each iteration of the scan over depth.
       dtype: of the linear layers and the residual stream; parameters, norms and the states of SSMs are float32.
-      platform: what it is compiled for, by which SSM methods are chosen; JAX's default backend if None.
     """
 
-    width: int
-    depth: int
-    num_classes: int = 1000
-    hourglass_ratio: int = 2
+    width: Annotated[int, Range(1)] = 384
+    depth: Annotated[int, Range(1)] = 12
+    hourglass_ratio: Annotated[int, Range(1)] = 2
     has_position_embedding: bool = True
-    state_size: int = 64
-    scan: str = "raster"
-    bidirectional: bool = True
-    discretization: str = "zoh"
-    initialization: str = "lin"
-    ssm_method: str = DEFAULT_METHOD
-    label_dropout: float = 0.1
-    remat: str = "none"
-    scan_unroll: int = 1
-    dtype: jnp.dtype = jnp.float32
-    platform: str | None = None
-    sharding_rules: ClassVar = SHARDING_RULES
+    mixer: Annotated[Callable[..., nn.Module], Component("mixer", "s4d")] = S4D
+    remat: Annotated[str, Choices(REMAT_POLICIES), CHANGEABLE_ON_RESUME] = "none"
+    scan_unroll: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 1
+    dtype: Annotated[str, Choices(("float32", "bfloat16"))] = "float32"
 
-    def _check(self, x_t: jax.Array, y: jax.Array | None) -> None:
-        W, M = x_t.shape[2], self.hourglass_ratio
-        if M < 1 or W % M:
-            raise ValueError(f"hourglass_ratio M must divide the latent's width W, got M = {M} and W = {W}")
-        if 2 * self.width % M:
-            raise ValueError(f"hourglass_ratio M must divide 2D, got M = {M} and D = {self.width}")
+    @property
+    def sharding_rules(self) -> Rules:
+        """The rules of blocks and ends, and those of the mixer inside a block."""
+        of_mixer = getattr(self.mixer(parent=None), "sharding_rules", ())
+        return (*SHARDING_RULES, *((f"blocks/ssm/.*{pattern}", (None, *axes)) for pattern, axes in of_mixer))
+
+    def check(self, input_shape: tuple[int, int, int]) -> None:
+        """Raises ValueError if the sizes do not divide as they must, or an option is unknown."""
+        H, W, _ = input_shape
+        M = self.hourglass_ratio
+        if M < 1 or W % M or 2 * self.width % M:
+            raise ValueError(
+                f"hourglass_ratio M = {M} must divide the width W = {W} of the latent (so that L = H W = {H * W} is a "
+                f"multiple of M) and 2 * width = {2 * self.width}"
+            )
+        if self.has_position_embedding and self.width % 4:
+            raise ValueError(f"width must be a multiple of 4 for the position embedding, got {self.width}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"unknown remat {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
-        if self.scan not in SCANS:
-            raise ValueError(f"unknown scan {self.scan!r}; choose one of {', '.join(SCANS)}")
-        if (y is None) != (self.num_classes == 0):
-            raise ValueError(
-                f"a model of {self.num_classes} classes was called {'without' if y is None else 'with'} labels"
-            )
+        if hasattr(mixer := self.mixer(parent=None), "check"):
+            mixer.check()
 
     @nn.compact
-    def __call__(self, x_t: jax.Array, t: jax.Array, y: jax.Array | None = None, *, train: bool = False) -> jax.Array:
-        """Predicts noise and variance.
+    def __call__(
+        self, x_t: jax.Array, t: jax.Array, condition: Condition | jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Predicts the target, and the variance if it is learned.
 
         Args:
           x_t: [B, H, W, C] float.
-          t: [B], the diffusion time as the model was trained on it.
-          y: [B] int labels, or None if num_classes is 0.
-          train: whether to drop labels; needs the random stream "label_dropout".
-
-        Returns:
-          [B, H, W, 2C] float32.
+          t: [B], the time as the model was trained on it.
+          condition: a dict of arrays, labels [B] alone, or None for an unconditional model.
+          train: has no effect; conditions are dropped before (`Backbone.drop`).
 
         Raises:
-          ValueError: sizes do not divide as they must, labels are missing or not wanted, or an option is unknown.
+          ValueError: as `check`; or conditions are missing, unknown or of a kind that this backbone cannot use.
         """
-        self._check(x_t, y)
+        self.check(x_t.shape[1:])
         B, H, W, C = x_t.shape
-        M = self.hourglass_ratio
+        M, D, dtype = self.hourglass_ratio, self.width, jnp.dtype(self.dtype)
         J = H * W // M
-        x = x_t.reshape(B, J, M * C)
-        x = Linear("bjc,cd->bjd", (M * C, self.width), self.dtype, name="embed")(x)
+        c = TimeEmbed(D, dtype, name="time_embed")(t)
+        x = x_t
+        for key, conditioning in self.embed(condition, D, dtype).items():
+            if conditioning.tokens is not None:
+                raise ValueError(f"DiffuSSM has no attention, and cannot use the tokens of the condition {key!r}")
+            if conditioning.vector is not None:
+                c = c + conditioning.vector
+            if conditioning.channels is not None:
+                x = jnp.concatenate([x, conditioning.channels], -1)
+        num_inputs = M * x.shape[-1]
+        x = Linear("bjc,cd->bjd", (num_inputs, D), dtype, name="embed")(x.reshape(B, J, num_inputs))
         if self.has_position_embedding:
-            x = x + jnp.asarray(sincos_2d(H, W // M, self.width), self.dtype)
-        c = TimeEmbed(self.width, self.dtype, name="time_embed")(t)
-        if y is not None:
-            label_embed = LabelEmbed(self.num_classes, self.width, self.label_dropout, self.dtype, name="label_embed")
-            c = c + label_embed(y, train=train)
-        x = self._blocks(H, W)(whole_channels(x), c)[0]
-        x = AdaLayerNorm(self.dtype, name="final_norm")(x, c)
+            x = x + jnp.asarray(sincos_2d(H, W // M, D), dtype)
+        x = self._blocks((H, W), dtype)(whole_channels(x), c)[0]
+        x = AdaLayerNorm(dtype, name="final_norm")(x, c)
         # The last layer is small and its output meets float32 losses: it stays in float32.
+        num_outputs = self.num_outputs * C
         options = {"kernel_init": nn.initializers.zeros, "name": "final"}
-        x = Linear("bjd,dc->bjc", (self.width, M * 2 * C), jnp.float32, **options)(x)
-        return x.reshape(B, H, W, 2 * C)
+        x = Linear("bjd,dc->bjc", (D, M * num_outputs), jnp.float32, **options)(x)
+        return x.reshape(B, H, W, num_outputs)
 
-    def _blocks(self, height: int, width: int) -> nn.Module:
+    def _blocks(self, grid: tuple[int, int], dtype: jnp.dtype) -> nn.Module:
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
@@ -201,40 +203,37 @@ class DiffuSSM(nn.Module):
             length=self.depth,
             unroll=self.scan_unroll,
         )
-        return scanned(self.hourglass_ratio, self.mixer_options(height, width), self.dtype, name="blocks")
+        return scanned(self.hourglass_ratio, self.mixer, grid, dtype, name="blocks")
 
-    def mixer_options(self, height: int, width: int) -> dict[str, object]:
-        """The options of each block's `S4D` for a latent of that height and width."""
-        return {
-            "state_size": self.state_size,
-            "grid": (height, width) if self.scan == "2d" else None,
-            "bidirectional": self.bidirectional,
-            "discretization": self.discretization,
-            "initialization": self.initialization,
-            "method": self.ssm_method,
-            "platform": self.platform,
-        }
+    def costs(self, input_shape: tuple[int, int, int], num_images: int = 1) -> Costs:
+        """Multiply-adds as the paper and DiT count them: 13 D^2 for each of J tokens and D^2 for each of L positions.
 
-    def multiply_adds(self, height: int, width: int, channels: int) -> dict[str, int]:
-        """Multiply-adds of the linear layers in one forward pass of one image, as the paper and DiT count them.
-
-        The SSMs and everything elementwise come on top.
-
-        Args:
-          height: H of the latent.
-          width: W of the latent.
-          channels: C of the latent.
-
-        Returns:
-          "blocks": the blocks' linear layers, 13 D^2 for each of J tokens and D^2 for each of L positions when
-          bidirectional; "total": with input, output and conditioning.
+        They are those of a bidirectional mixer, R = 2; with R = 1 W_down has half as many.
         """
-        D, M, L = self.width, self.hourglass_ratio, height * width
+        H, W, C = input_shape
+        D, M, L = self.width, self.hourglass_ratio, H * W
         J = L // M
-        num_directions = 2 if self.bidirectional else 1
-        per_token = D * D + 2 * D * D + 4 * D * D + 2 * D * D  # W0, W1, W2, W3
-        per_token += num_directions * 2 * D * D  # W_down, all M of them
-        blocks = self.depth * (J * per_token + L * D * D)  # and W_up
-        ends = J * M * channels * D + J * D * M * 2 * channels
-        conditioning = NUM_TIME_FEATURES * D + D * D + (self.depth + 1) * 2 * D * D
-        return {"blocks": blocks, "total": blocks + ends + conditioning}
+        mixer = self.mixer(parent=None)
+        num_directions = 2 if getattr(mixer, "bidirectional", True) else 1
+        per_token = {"W0": D * D, "W1": 2 * D * D, "W2": 4 * D * D, "W3": 2 * D * D}
+        per_token["W_down"] = num_directions * 2 * D * D
+        blocks = {name: self.depth * J * count for name, count in per_token.items()}
+        blocks["W_up"] = self.depth * L * D * D
+        modulation = self.depth * 2 * D * D
+        multiply_adds = {
+            "embed": J * M * C * D,
+            **{f"blocks/{name}": count for name, count in blocks.items()},
+            "blocks/modulation": modulation,
+            "time_embed": NUM_TIME_FEATURES * D + D * D,
+            "final": 2 * D * D + J * D * M * self.num_outputs * C,
+        }
+        # The backward pass does not need the output of W3.
+        in_block = sum(blocks.values()) - blocks["W3"]
+        recomputed = {"none": 0, "dots": modulation, "block": modulation + in_block}[self.remat]
+        of_mixer = mixer.costs(L, D, jnp.dtype(self.dtype).name, num_images) if hasattr(mixer, "costs") else None
+        return Costs(
+            self.count_parameters(input_shape),
+            multiply_adds,
+            recomputed,
+            None if of_mixer is None else self.depth * of_mixer,
+        )

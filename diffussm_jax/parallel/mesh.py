@@ -14,10 +14,28 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffussm_jax.config import mesh_shape
-
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split a batch
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[int, int, int]:
+    """The sizes of the mesh's axes, with a -1 filled so that all devices are used.
+
+    Their product may be smaller than the number of devices: then only the first are used.
+
+    Raises:
+      ValueError: a size is neither -1 nor positive, or the sizes do not fit the devices.
+    """
+    sizes = (data, fsdp, tensor)
+    named = f"data = {data}, fsdp = {fsdp}, tensor = {tensor}"
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"the axes must be positive, and one of them may be -1 to fill; got {named}")
+    product = math.prod(size for size in sizes if size != -1)
+    if product > num_devices:
+        raise ValueError(f"{named} needs {product} devices, there are {num_devices}")
+    if -1 in sizes and num_devices % product:
+        raise ValueError(f"{named} does not divide the {num_devices} devices")
+    return tuple(num_devices // product if size == -1 else size for size in sizes)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -11,15 +11,11 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffussm_jax.io import path_of
 from diffussm_jax.parallel.mesh import BATCH
 
 Axes = None | str | tuple[str, ...]
 Rules = Sequence[tuple[str, tuple[Axes, ...]]]
-
-
-def path_of(key_path) -> str:
-    """A key path of jax.tree_util as text, "blocks/W0/kernel"."""
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:

@@ -9,6 +9,9 @@ is found out, set aside and reported, and the one before it used.
 import importlib.metadata
 import itertools
 import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from diffussm_jax.data.latents import file_sha256
-from diffussm_jax.parallel.sharding import path_of
-from diffussm_jax.training.state import TrainState
+from diffussm_jax.io import check_same_shapes, file_sha256, files_below, is_bucket, shapes_by_path
 
 NUM_NEWEST = 2
 DIRECTORY = "checkpoints"
@@ -28,31 +29,25 @@ _ABOUT = "about"
 # Orbax writes these after the checksums, when it gives a checkpoint its name; nothing is read from them.
 _WITHOUT_CHECKSUM = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _PACKAGES = ("diffussm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+# Parts of old checkpoints that are not read any more. Up to format 1 the sums of metrics were state.
+_RETIRED = ("window/",)
 
 
-def _score(metrics: dict[str, float]) -> float:
-    return -metrics["eval_loss"]
+class Best(NamedTuple):
+    """The metric by which the best checkpoint is kept, and whether "min" or "max" is best.
 
+    A checkpoint saved without that metric counts as worst.
+    """
 
-def check_same_tree(expected, found, what: str) -> None:
-    """Raises ValueError, with both lists, where two trees differ in their paths or in the shapes at the same path."""
+    metric: str = "eval_loss"
+    mode: str = "min"
 
-    def shapes(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
-
-    expected, found = shapes(expected), shapes(found)
-    if expected == found:
-        return
-    reshaped = [
-        f"{k}: {found[k]}, not {expected[k]}" for k in sorted(expected.keys() & found.keys()) if expected[k] != found[k]
-    ]
-    raise ValueError(
-        f"{what} does not hold the parameters of this model.\n"
-        f"  missing there: {sorted(expected.keys() - found.keys())}\n"
-        f"  unknown here: {sorted(found.keys() - expected.keys())}\n"
-        f"  of another shape: {reshaped}"
-    )
+    def score(self, metrics: Mapping[str, float] | None) -> float:
+        """What is to be maximised."""
+        value = (metrics or {}).get(self.metric)
+        if value is None or not math.isfinite(value):
+            return -math.inf
+        return value if self.mode == "max" else -value
 
 
 class Store:
@@ -62,6 +57,7 @@ class Store:
       directory: where they lie, each step in a folder of its own.
       items: names of the pytrees of a step.
       policy: which steps are kept; all if None.
+      best: the metric of `best_step`.
       is_read_only: whether the folder is only read; else what a killed run left half saved is removed.
     """
 
@@ -71,11 +67,12 @@ class Store:
         items: tuple[str, ...],
         *,
         policy: AnyPreservationPolicy | None = None,
+        best: Best | None = None,
         is_read_only: bool = False,
     ):
         self.directory = directory
         options = ocp.CheckpointManagerOptions(
-            best_fn=_score if policy else None,
+            best_fn=best.score if best else None,
             best_mode="max",
             preservation_policy=policy,
             create=not is_read_only,
@@ -83,7 +80,7 @@ class Store:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         # Named, so that the shapes in a checkpoint can be read before the arrays are.
-        handlers = {item: ocp.StandardCheckpointHandler() for item in items} | {_ABOUT: ocp.JsonCheckpointHandler()}
+        handlers = {item: ocp.PyTreeCheckpointHandler() for item in items} | {_ABOUT: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
         self._being_saved: int | None = None
 
@@ -99,7 +96,7 @@ class Store:
         """Starts to save; what is passed is copied first, and may be donated when this returns."""
         self._manager.wait_until_finished()
         self._being_saved = step
-        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        arguments = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         arguments[_ABOUT] = ocp.args.JsonSave(about or {})
         self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics, force=True)
 
@@ -111,7 +108,7 @@ class Store:
         unfinished = [path for path in self.directory.iterdir() if path.name.startswith(prefix)]
         # In buckets, where nothing can be renamed, the folder has its name from the start.
         folder = unfinished[0] if unfinished else self.directory / str(self._being_saved)
-        sums = {name: file_sha256(folder / name) for name in _files(folder) if name not in _WITHOUT_CHECKSUM}
+        sums = {name: file_sha256(folder / name) for name in files_below(folder) if name not in _WITHOUT_CHECKSUM}
         (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
     def damage(self, step: int, items: tuple[str, ...] | None = None) -> list[str]:
@@ -135,10 +132,10 @@ class Store:
         folder, aside = self.directory / str(step), self.directory.parent / f"{self.directory.name}_damaged"
         names = itertools.chain([str(step)], (f"{step}.{number}" for number in itertools.count(1)))
         target = next(aside / name for name in names if not (aside / name).exists())
-        if "://" not in str(folder):
+        if not is_bucket(folder):
             aside.mkdir(exist_ok=True)
             return folder.rename(target)
-        for name in _files(folder):  # buckets have no folders that could be renamed
+        for name in files_below(folder):  # buckets have no folders that could be renamed
             (folder / name).copy(target / name)
         folder.rmtree()
         return target
@@ -155,12 +152,21 @@ class Store:
         """
         self._manager.wait_until_finished()
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        metadata = self._manager.item_metadata(step)
+        metadata, arguments = self._manager.item_metadata(step), {}
         for item, tree in like.items():
-            found = metadata[item]
-            found = found.tree if hasattr(found, "tree") else found
-            check_same_tree(tree, found, f"{item} of {self.directory / str(step)}")
-        arguments = {item: ocp.args.StandardRestore(tree) for item, tree in like.items()}
+            found = shapes_by_path(getattr(metadata[item], "tree", metadata[item]))
+            retired = [path for path in found if path.startswith(_RETIRED)]
+            path = self.directory / str(step)
+            check_same_shapes(
+                shapes_by_path(tree),
+                {path: shape for path, shape in found.items() if path not in retired},
+                f"{item} of {path} does not hold the parameters of this model",
+            )
+            arguments[item] = ocp.args.PyTreeRestore(
+                tree,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                partial_restore=bool(retired),  # Orbax would skip missing parts too: hence the check before
+            )
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         return {item: restored[item] for item in like}
 
@@ -174,24 +180,14 @@ class Store:
         self._manager.close()
 
 
-def _files(folder: epath.Path) -> list[str]:
-    """The files below a folder, as paths relative to it."""
-    return sorted(
-        f"{path.name}/{name}" if name else path.name
-        for path in folder.iterdir()
-        for name in (_files(path) if path.is_dir() else [""])
-    )
-
-
 class Checkpointer:
-    """The checkpoints of a work directory: the newest two, the best, and one every so many steps.
-
-    "Best" is the lowest loss of the averaged parameters on held-out data.
+    """The checkpoints of a work directory: the newest two, the best, and those of multiples of `keep_every`.
 
     Args:
       workdir: of the run; they lie in its folder "checkpoints".
       config: the run's, as plain values, to be kept in each.
-      keep_every: checkpoints at multiples of so many steps are kept for good; 0: none.
+      keep_every: checkpoints of its multiples are kept for good; 0: none.
+      best: which is the best; by default the lowest loss on held-out data.
       is_read_only: whether the folder is only read, as sampling does.
     """
 
@@ -201,15 +197,20 @@ class Checkpointer:
         *,
         config: dict | None = None,
         keep_every: int = 0,
+        best: Best = Best(),
         is_read_only: bool = False,
     ):
         self.directory = epath.Path(workdir).absolute() / DIRECTORY
         self._config = config or {}
-        policies = [LatestN(NUM_NEWEST), BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)]
+        policies = [LatestN(NUM_NEWEST), BestN(get_metric_fn=best.score, n=1, keep_checkpoints_without_metrics=False)]
         if keep_every:
             policies.append(EveryNSteps(keep_every))
         self._store = Store(
-            self.directory, ("train", "ema"), policy=AnyPreservationPolicy(policies), is_read_only=is_read_only
+            self.directory,
+            ("train", "ema"),
+            policy=AnyPreservationPolicy(policies),
+            best=best,
+            is_read_only=is_read_only,
         )
 
     def steps(self) -> list[int]:
@@ -266,31 +267,46 @@ class Checkpointer:
             print(reports[-1], flush=True)
         raise ValueError("\n".join(reports))
 
-    def save(self, state: TrainState, eval_loss: float | None = None) -> None:
-        """Starts to save the state under its step; it is copied first, and may be donated when this returns."""
+    def save(
+        self, state: Any, ema_params: Any, *, metrics: dict[str, float] | None = None, window: dict | None = None
+    ) -> None:
+        """Starts to save the state under its step; it is copied first, and may be donated when this returns.
+
+        Args:
+          state: of the task, with a field `step`.
+          ema_params: the parameters to evaluate and sample from; saved once, if they are the state's `ema_params`.
+          metrics: of this step, for `best`.
+          window: `Window.to_json()`, the metrics since the last row.
+        """
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        about = {
+            "config": self._config,
+            "versions": versions,
+            "process_count": jax.process_count(),
+            "window": window or {},
+        }
         self._store.save(
-            int(state.step),
-            {"train": _without_ema(state), "ema": state.ema_params},
-            about={"config": self._config, "versions": versions, "process_count": jax.process_count()},
-            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+            int(state.step), {"train": _without_ema(state), "ema": ema_params}, about=about, metrics=metrics or None
         )
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
+    def restore(self, step: int, like: Any) -> Any:
         """The state saved at `step`, laid out as `like` (arrays, or ShapeDtypeStructs with shardings).
 
         Raises:
           ValueError: the checkpoint is of another model; the message lists what differs.
         """
-        restored = self._store.restore(step, {"train": _without_ema(like), "ema": like.ema_params})
-        return TrainState(**restored["train"], ema_params=restored["ema"])
+        has_ema = "ema_params" in like.__dataclass_fields__
+        restored = self._store.restore(
+            step, {"train": _without_ema(like)} | ({"ema": like.ema_params} if has_ema else {})
+        )
+        return type(like)(**restored["train"], **({"ema_params": restored["ema"]} if has_ema else {}))
 
     def restore_ema(self, step: int, like) -> dict:
         """The averaged parameters saved at `step`, laid out as `like`; ValueError as `restore`."""
         return self._store.restore(step, {"ema": like})["ema"]
 
     def about(self, step: int) -> dict:
-        """ "config", "versions" of libraries and "process_count" of the run that saved a checkpoint."""
+        """ "config", "versions" of libraries, "process_count" and "window" of the run that saved a checkpoint."""
         return self._store.about(step)
 
     def close(self) -> None:
@@ -298,5 +314,5 @@ class Checkpointer:
         self._store.close()
 
 
-def _without_ema(state: TrainState) -> dict:
+def _without_ema(state: Any) -> dict:
     return {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "ema_params"}

@@ -1,7 +1,7 @@
-"""The training loop: steps, and at their intervals metrics, evaluation, samples and checkpoints.
+"""The training loop: steps, and at intervals metrics, hooks and checkpoints. It knows no model and no diffusion.
 
     state = resume or start
-    for each batch, from that step on: state = train_step(state, batch)
+    for each batch, from that step on: state, metrics = task.train_step(state, batch)
 
 Running the same command again resumes from the newest checkpoint; the losses are those of a run that was never stopped.
 """
@@ -9,50 +9,26 @@ Running the same command again resumes from the newest checkpoint; the losses ar
 import contextlib
 import dataclasses
 import json
-import os
-import signal
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from diffussm_jax.config import flatten
 from diffussm_jax.data.loader import Batch, Loader, prefetch
-from diffussm_jax.data.transforms import image_grid, save_png
-from diffussm_jax.parallel.mesh import batch_to_devices, replicated
-from diffussm_jax.training.checkpoint import Checkpointer
+from diffussm_jax.io import write_whole
+from diffussm_jax.parallel.mesh import batch_to_devices
+from diffussm_jax.training.checkpoint import Best, Checkpointer
+from diffussm_jax.training.hooks import HookContext, HookFactory
 from diffussm_jax.training.metrics import MetricsLog
-from diffussm_jax.training.posthoc_ema import Snapshots
-from diffussm_jax.training.state import TrainState, empty_window
-from diffussm_jax.training.step import Recipe, make_eval_step, make_train_step
-from diffussm_jax.training.telemetry import Clock, Profile, speed_metrics, state_norms
+from diffussm_jax.training.signals import stop_on_signal
+from diffussm_jax.training.task import Hook, Task
+from diffussm_jax.training.telemetry import Clock, Profile, speed_metrics
+from diffussm_jax.training.window import Window
 
 CONFIG_NAME = "config.json"
-# What may change between a run and its resumption without making another experiment of it.
-_FREE_KEYS = (
-    *("num_steps", "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_every", "sampling", "mesh"),
-    *("data.path", "data.vae", "data.num_threads", "data.eval_split"),
-    # These change what is stored and in which order numbers are added, not what is computed.
-    *("model.remat", "model.scan_unroll", "model.ssm_method", "optimizer.accumulation_steps"),
-    "optimizer.max_skipped_steps",
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Intervals:
-    """Every how many steps something happens; 0: never."""
-
-    log: int
-    eval: int
-    sample: int
-    checkpoint: int
-    keep: int  # that checkpoint is kept for good
-    posthoc_ema: int  # averages for post-hoc EMA are stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,89 +36,30 @@ class Experiment:
     """Everything that a run is made of.
 
     Attributes:
-      config: its config as plain values, kept in the work directory.
-      recipe: of a step.
-      learning_rate: the optimizer's schedule, to log.
-      multiply_adds: of one forward pass of one image, for the MFU.
-      sample_grid: (params, key) -> images [B, H, W, C] uint8 for the grid.
-      num_grid_columns: of that grid.
+      task: what is trained.
       train_loader: the data.
-      eval_loader: the held-out data, if any.
+      hooks: what happens at intervals beside logging and saving.
       num_steps: steps to make.
-      intervals: of everything else.
+      log_every: interval of the rows of metrics.
+      checkpoint_every: interval of checkpoints.
+      keep_every: checkpoints of multiples of it are kept for good; 0: none.
+      best: the metric by which one checkpoint more is kept.
+      multiply_adds: of one forward pass of one example, for the MFU.
+      config: plain values, kept in the work directory and in each checkpoint.
+      check_config: (saved config, where it was saved) raises ValueError if it is another experiment's.
     """
 
-    config: dict
-    recipe: Recipe
-    learning_rate: optax.Schedule
-    multiply_adds: int
-    sample_grid: Callable[[dict, jax.Array], np.ndarray]
-    num_grid_columns: int
+    task: Task
     train_loader: Loader
-    eval_loader: Loader | None
+    hooks: Sequence[HookFactory] = ()
     num_steps: int
-    intervals: Intervals
-
-
-def _check_same_config(old: dict, new: dict, where: str) -> None:
-    """ValueError, which names what differs, where two configs are not of the same experiment."""
-    old, new = flatten(old), flatten(json.loads(json.dumps(new)))
-    differing = [
-        f"config.{key}: was {old.get(key)!r}, is {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if not {key, key.partition(".")[0]} & set(_FREE_KEYS) and old.get(key) != new.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"{where} holds a run of another config; choose another workdir or the same values:\n  "
-            + "\n  ".join(differing)
-        )
-
-
-def _keep_config(config: dict, workdir: epath.Path) -> None:
-    """Checks that the run being resumed has the same config, and writes config.json, whole or not at all."""
-    path = workdir / CONFIG_NAME
-    if path.exists():
-        _check_same_config(json.loads(path.read_text()), config, str(workdir))
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / (CONFIG_NAME + ".partial")
-        partial.write_text(json.dumps(config, indent=2))
-        partial.replace(path)
-
-
-@contextlib.contextmanager
-def _stop_on_signal():
-    """Yields a function of the step that tells which of SIGINT and SIGTERM has come, or None.
-
-    Several processes agree: JAX's coordinator hears of a SIGTERM that any of them gets, and names a step before which
-    all of them stop; Ctrl-C in one of them is passed on as SIGTERM. Alone, a second signal is obeyed at once.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield lambda step: None
-        return
-    is_alone = jax.process_count() == 1
-
-    def handler(signum, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-        if not is_alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def stopped(step):
-        if is_alone or not multihost_utils.reached_preemption_sync_point(step):
-            return received[0] if is_alone and received else None
-        return received[0] if received else signal.SIGTERM
-
-    # With several processes SIGTERM already has JAX's handler, which must stay.
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM) if is_alone or s == signal.SIGINT}
-    try:
-        yield stopped
-    finally:
-        for s, old in previous.items():
-            signal.signal(s, old)
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    keep_every: int = 0
+    best: Best = Best()
+    multiply_adds: int = 0
+    config: dict = dataclasses.field(default_factory=dict)
+    check_config: Callable[[dict, str], None] = lambda saved, where: None
 
 
 def train(
@@ -152,117 +69,135 @@ def train(
     profile_steps: tuple[int, int] | None = None,
     wandb_project: str | None = None,
 ) -> int | None:
-    """Trains, from the newest checkpoint in `workdir` that is not damaged, if there is one, to `num_steps`.
+    """Trains to `num_steps`, from the newest undamaged checkpoint in `workdir` if there is one.
 
     SIGINT (Ctrl-C) and SIGTERM, in any of the processes, end it after the current step, with a checkpoint.
 
     Args:
       experiment: what to train.
-      workdir: gets config.json, metrics.csv, checkpoints/, samples/ and TensorBoard event files. On several hosts one
-        that all of them see.
+      workdir: gets config.json, metrics.csv, checkpoints/, samples/ and TensorBoard event files. With several hosts it
+        must be visible to all of them.
       profile_steps: first and last step of a trace for XProf, written to the folder "profile".
       wandb_project: of Weights & Biases, to send the metrics to as well.
 
     Returns:
-      None when all steps are done, or the number of the signal that ended it before.
+      None when all steps are done, or the number of the signal that ended it.
 
     Raises:
-      ValueError: `workdir` holds a run of another config.
-      FloatingPointError: more than `recipe.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
+      ValueError: `workdir` holds a run of another config, or one of more steps.
+      FloatingPointError: more than `task.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
     """
-    workdir = epath.Path(workdir)
-    _keep_config(experiment.config, workdir)
-    has_snapshots = bool(experiment.recipe.power_emas)
-    with (
-        contextlib.closing(
-            Checkpointer(workdir, config=experiment.config, keep_every=experiment.intervals.keep)
-        ) as checkpointer,
-        contextlib.closing(Snapshots(workdir)) if has_snapshots else contextlib.nullcontext() as snapshots,
-    ):
-        state, step = _start(experiment, checkpointer)
-        with (
-            contextlib.closing(MetricsLog(workdir, step, wandb_project, experiment.config)) as log,
-            contextlib.closing(Profile(workdir, profile_steps)) as profile,
-        ):
-            return _Run(experiment, workdir, checkpointer, snapshots, log, profile).run(state, step)
+    e, workdir = experiment, epath.Path(workdir)
+    path = workdir / CONFIG_NAME
+    if path.exists():
+        e.check_config(json.loads(path.read_text()), str(workdir))
+    with contextlib.ExitStack() as stack:
+        checkpointer = Checkpointer(workdir, config=e.config, keep_every=e.keep_every, best=e.best)
+        stack.enter_context(contextlib.closing(checkpointer))
+        state, step, window = _start(e, checkpointer)
+        if jax.process_index() == 0:
+            write_whole(path, json.dumps(e.config, indent=2))
+        log = stack.enter_context(contextlib.closing(MetricsLog(workdir, step, wandb_project, e.config)))
+        profile = stack.enter_context(contextlib.closing(Profile(workdir, profile_steps)))
+        hooks = [make(HookContext(workdir, log, e.task)) for make in e.hooks]
+        for hook in hooks:
+            stack.callback(hook.close)
+        return _Run(e, checkpointer, hooks, log, profile, window).run(state, step)
 
 
-def _start(experiment: Experiment, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+def _start(e: Experiment, checkpointer: Checkpointer) -> tuple[Any, int, Window]:
+    """The state to start from, its step, and the metrics since the last row."""
     step = checkpointer.newest_sound_step()
     if step is None:
-        return experiment.recipe.create_state(), 0
-    path = checkpointer.directory / str(step)
-    _check_same_config(checkpointer.about(step)["config"], experiment.config, str(path))
+        return e.task.create_state(), 0, Window()
+    path, about = checkpointer.directory / str(step), checkpointer.about(step)
+    e.check_config(about["config"], str(path))
+    if step > e.num_steps:
+        raise ValueError(f"config.num_steps is {e.num_steps}, but {path} is the checkpoint of step {step}")
     if jax.process_index() == 0:
         print(f"Resuming from the checkpoint of step {step}, {path}.", flush=True)
-    return checkpointer.restore(step, experiment.recipe.abstract_state), step
+    state = checkpointer.restore(step, e.task.abstract_state)
+    return state, step, Window(about.get("window"))
 
 
 class _Run:
-    """One call of `train`: the jitted steps, and what happens at each interval."""
+    """One call of `train`."""
 
     def __init__(
         self,
         experiment: Experiment,
-        workdir: epath.Path,
         checkpointer: Checkpointer,
-        snapshots: Snapshots | None,
+        hooks: Sequence[Hook],
         log: MetricsLog,
         profile: Profile,
+        window: Window,
     ):
-        self._experiment, self._workdir, self._log, self._profile = experiment, workdir, log, profile
-        self._checkpointer, self._snapshots = checkpointer, snapshots
-        self._mesh = experiment.recipe.mesh
-        self._train_step = make_train_step(experiment.recipe)
-        self._eval_step = make_eval_step(experiment.recipe)
-        self._clock = Clock()
+        self._experiment, self._task = experiment, experiment.task
+        self._checkpointer, self._hooks, self._log, self._profile = checkpointer, hooks, log, profile
+        self._window, self._clock = window, Clock()
         self._is_first_process = jax.process_index() == 0
 
     def _to_devices(self, batch: Batch) -> Batch:
-        return batch_to_devices(self._mesh, batch)
+        return batch_to_devices(self._task.mesh, batch)
 
-    def run(self, state: TrainState, step: int) -> int | None:
-        e = self._experiment
-        saved_step = step
+    def run(self, state: Any, step: int) -> int | None:
+        e, saved_step = self._experiment, step
         batches = prefetch(self._clock.waiting_for(e.train_loader.iterate(step)), self._to_devices)
         bar_options = {"unit": "step", "dynamic_ncols": True, "disable": not self._is_first_process}
-        with (
-            _stop_on_signal() as stopped_by,
-            tqdm(total=e.num_steps, initial=step, **bar_options) as bar,
-        ):
+        with stop_on_signal() as stopped_by, tqdm(total=e.num_steps, initial=step, **bar_options) as bar:
             signum = None
             while step < e.num_steps and (signum := stopped_by(step)) is None:
                 self._profile.before(step, state)
-                state = self._train_step(state, next(batches))
+                state, metrics = self._task.train_step(state, next(batches))
                 step += 1
+                self._window.add(metrics)
+                self._clock.step_made(state)
                 bar.update()
-                is_last = step == e.num_steps
-
-                def is_due(interval, step=step, is_last=is_last):
-                    return interval and (is_last or step % interval == 0)
-
-                if is_due(e.intervals.log):
-                    state = self._write_metrics(state, step, bar)
-                eval_loss = None
-                if is_due(e.intervals.eval):
+                row = self._measure(state, step, bar) if self._is_due(e.log_every, step) else {}
+                of_hooks = self._run_hooks(state, step)
+                if row or of_hooks:
+                    self._log.write(step, row | of_hooks)
+                if self._is_due(e.checkpoint_every, step):
                     with self._clock.paused(state):
-                        eval_loss = self._evaluate(state, step)
-                if is_due(e.intervals.sample):
-                    with self._clock.paused(state):
-                        self._draw_samples(state, step)
-                if is_due(e.intervals.posthoc_ema):
-                    with self._clock.paused(state):
-                        self._snapshots.save(step, state.power_ema)
-                if is_due(e.intervals.checkpoint):
-                    with self._clock.paused(state):
-                        self._save(state, step, eval_loss)
+                        self._save(state, step, of_hooks)
                     saved_step = step
             if saved_step != step:
-                self._save(state, step)
+                self._save(state, step, {})
             return signum
 
-    def _check_not_diverged(self, state: TrainState, step: int) -> None:
-        skipped, allowed = int(state.skipped_in_a_row), self._experiment.recipe.max_skipped_steps
+    def _is_due(self, every: int, step: int) -> bool:
+        return bool(every) and (step == self._experiment.num_steps or step % every == 0)
+
+    def _run_hooks(self, state: Any, step: int) -> dict[str, float]:
+        due = [hook for hook in self._hooks if self._is_due(hook.every, step)]
+        metrics: dict[str, float] = {}
+        if due:
+            with self._clock.paused(state):
+                for hook in due:
+                    metrics |= hook.run(state, step)
+        return metrics
+
+    def _measure(self, state: Any, step: int, bar: tqdm) -> dict[str, float]:
+        """The row of a step: means of the metrics since the last row, and the speed."""
+        e = self._experiment
+        metrics, num_skipped = self._window.close()  # waits for the devices
+        self._check_not_diverged(state, step)
+        speed = speed_metrics(
+            self._clock.lap(),
+            batch_size=e.train_loader.batch_size,
+            multiply_adds=e.multiply_adds,
+            num_devices=self._task.mesh.size,
+        )
+        shown = {"loss": f"{metrics.get('loss', np.nan):.4f}"}
+        if "images_per_second" in speed:
+            shown["images_per_s"] = f"{speed['images_per_second']:.0f}"
+        bar.set_postfix(shown)
+        if num_skipped:
+            bar.write(f"step {step}: skipped {num_skipped} steps since the last row: loss or gradient not finite")
+        return metrics | {"skipped_steps": num_skipped} | speed
+
+    def _check_not_diverged(self, state: Any, step: int) -> None:
+        skipped, allowed = int(state.skipped_in_a_row), self._task.max_skipped_steps
         if skipped > allowed:
             steps = self._checkpointer.steps()
             last = f"{self._checkpointer.directory / str(steps[-1])}" if steps else "none: no checkpoint was saved yet"
@@ -272,39 +207,8 @@ class _Run:
                 "Try a lower config.optimizer.learning_rate, config.optimizer.max_grad_norm, or float32"
             )
 
-    def _save(self, state: TrainState, step: int, eval_loss: float | None = None) -> None:
+    def _save(self, state: Any, step: int, metrics: dict[str, float]) -> None:
         self._check_not_diverged(state, step)
-        self._checkpointer.save(state, eval_loss)
-
-    def _write_metrics(self, state: TrainState, step: int, bar: tqdm) -> TrainState:
-        e = self._experiment
-        window = jax.device_get(state.window)  # waits for the device
-        self._check_not_diverged(state, step)
-        count, skipped = window.pop("count"), window.pop("skipped")
-        metrics = {name: total / count if count else np.nan for name, total in window.items()}
-        metrics |= {"skipped_steps": skipped, "learning_rate": e.learning_rate(step - 1)}
-        metrics |= state_norms(state.params, state.ema_params)
-        metrics |= speed_metrics(self._clock, int(count + skipped), e.train_loader.batch_size, e.multiply_adds)
-        self._log.write(step, metrics)
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_second']:.0f}")
-        if skipped:
-            made = count + skipped
-            bar.write(f"step {step}: {skipped:.0f} of the last {made:.0f} steps skipped: loss or gradient not finite")
-        return state.replace(window=jax.device_put(empty_window(), replicated(self._mesh)))
-
-    def _evaluate(self, state: TrainState, step: int) -> float:
-        loader = self._experiment.eval_loader
-        losses = [self._eval_step(state.ema_params, self._to_devices(loader.batch(i)), i) for i in range(len(loader))]
-        eval_loss = float(np.mean(jax.device_get(losses)))
-        self._log.write(step, {"eval_loss": eval_loss})
-        return eval_loss
-
-    def _draw_samples(self, state: TrainState, step: int) -> None:
-        e = self._experiment
-        images = e.sample_grid(state.ema_params, jax.random.key(e.recipe.seed))
-        if not self._is_first_process:
-            return
-        grid = image_grid(images, e.num_grid_columns)
-        (self._workdir / "samples").mkdir(parents=True, exist_ok=True)
-        save_png(self._workdir / "samples" / f"step_{step:08d}.png", grid)
-        self._log.image(step, "samples", grid)
+        self._checkpointer.save(
+            state, self._task.eval_params(state), metrics=metrics, window=self._window.to_json()
+        )

@@ -12,6 +12,8 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from diffussm_jax.io import is_bucket, write_whole
+
 CSV_NAME = "metrics.csv"
 
 
@@ -52,7 +54,7 @@ class MetricsLog:
                     self._rows[int(row["step"])] = row
         if wandb_project:
             self._wandb = _start_wandb(workdir, wandb_project, config)
-        if "://" in str(workdir):
+        if is_bucket(workdir):
             self._copied = Path(tempfile.mkdtemp(prefix="events_")), workdir
         folder = str(self._copied[0] if self._copied else workdir)
         self._events = SummaryWriter(folder, purge_step=resumed_step + 1, filename_suffix=f".{resumed_step}")
@@ -84,9 +86,7 @@ class MetricsLog:
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows[step] for step in sorted(self._rows))
-        partial = self._path.parent / (CSV_NAME + ".partial")
-        partial.write_text(text.getvalue())
-        partial.replace(self._path)
+        write_whole(self._path, text.getvalue())
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Shows [H, W, C] uint8 in TensorBoard."""

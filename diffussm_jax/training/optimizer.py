@@ -1,8 +1,10 @@
-"""AdamW with warm-up, decay and clipping, and the exponential moving average of the parameters."""
+"""AdamW with warm-up, decay and clipping. The learning rate is a function of the step, skipped steps included."""
 
 import jax
 import jax.numpy as jnp
 import optax
+
+DECAYS = ("constant", "cosine")
 
 
 def learning_rate_schedule(learning_rate: float, *, warmup_steps: int, decay: str, num_steps: int) -> optax.Schedule:
@@ -18,29 +20,41 @@ def learning_rate_schedule(learning_rate: float, *, warmup_steps: int, decay: st
     elif decay == "constant":
         after = optax.constant_schedule(learning_rate)
     else:
-        raise ValueError(f"unknown decay {decay!r}; choose one of constant, cosine")
+        raise ValueError(f"unknown decay {decay!r}; choose one of {', '.join(DECAYS)}")
     return optax.join_schedules([optax.linear_schedule(0, learning_rate, max(warmup_steps, 1)), after], [warmup_steps])
+
+
+def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by -schedule(step), where `step` is passed to `update`.
+
+    optax counts the updates that it made. A step that was skipped is none, and so a cosine would never reach its end.
+    """
+
+    def init(params):
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, step, **extra_args):
+        rate = schedule(step)
+        updates = jax.tree.map(lambda u: jnp.array(-rate, u.dtype) * u, updates)
+        return updates, optax.ScaleByScheduleState(count=step + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adamw(
     schedule: optax.Schedule, *, weight_decay: float = 0.0, max_grad_norm: float = 0.0
-) -> optax.GradientTransformation:
-    """AdamW, after clipping the gradient's global norm to `max_grad_norm` (0: not clipped).
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW, after clipping the gradient's global norm to `max_grad_norm` (0: not clipped); `update` takes `step`.
 
-    Weight decay spares vectors and the SSMs: it acts on the kernels of linear layers and on embedding tables alone.
+    Weight decay acts on the kernels of linear layers and on embedding tables alone, not on vectors and SSMs.
     """
 
     def is_decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
-    optimizer = optax.adamw(schedule, weight_decay=weight_decay, mask=is_decayed)
-    if max_grad_norm > 0:
-        return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
-    return optimizer
-
-
-def ema_update(ema_params, params, step: jax.Array, *, decay: float, has_warmup: bool):
-    """ema <- decay * ema + (1 - decay) * params; with warm-up, decay is at most (1 + step) / (10 + step)."""
-    if has_warmup:
-        decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda ema, p: decay * ema + (1 - decay) * p, ema_params, params)
+    optimizer = optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(weight_decay, is_decayed),
+        scale_by_learning_rate(schedule),
+    )
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer) if max_grad_norm > 0 else optimizer

@@ -1,4 +1,4 @@
-"""How fast a run is and how its parameters move: the clock, the trace for XProf, and what is logged from them."""
+"""How fast a run is: the clock, the metrics of speed, and the trace for XProf."""
 
 import contextlib
 import resource
@@ -8,54 +8,72 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 from etils import epath
 
 from diffussm_jax.data.loader import Batch
 from diffussm_jax.parallel.topology import peak_flops
-from diffussm_jax.training.state import TrainState
+
+
+class Lap(NamedTuple):
+    """What the clock counted: seconds in training steps, those of them spent waiting for data, and the steps."""
+
+    seconds: float
+    waited: float
+    num_steps: int
 
 
 class Clock:
-    """Counts the seconds spent in training steps, and not those spent in evaluation, sampling or saving."""
+    """Counts the time of training steps, without evaluation, sampling, saving, and the first step, which compiles."""
 
     def __init__(self):
-        self._seconds, self._waited, self._started = 0.0, 0.0, time.perf_counter()
+        self._is_compiled = False
+        self._restart()
+
+    def _restart(self) -> None:
+        self._seconds, self._waited, self._num_steps, self._started = 0.0, 0.0, 0, time.perf_counter()
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, and how long each was waited for counts as waiting for data."""
+        """The same batches; the time until each is there counts as waiting for data."""
         while True:
             started = time.perf_counter()
             batch = next(batches)
             self._waited += time.perf_counter() - started
             yield batch
 
+    def step_made(self, state) -> None:
+        """Counts a step. After the first step of a process the clock starts anew, once the step is done."""
+        if self._is_compiled:
+            self._num_steps += 1
+            return
+        jax.block_until_ready(state)
+        self._is_compiled = True
+        self._restart()
+
     @contextlib.contextmanager
-    def paused(self, state: TrainState):
-        """What happens inside, once the state is there, does not count."""
-        jax.block_until_ready(state.step)
+    def paused(self, state):
+        """Time inside does not count; waits for the state first."""
+        jax.block_until_ready(state)
         self._seconds += time.perf_counter() - self._started
         yield
         self._started = time.perf_counter()
 
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and how many of them were spent waiting for data."""
-        now = time.perf_counter()
-        lap = self._seconds + now - self._started, self._waited
-        self._seconds, self._waited, self._started = 0.0, 0.0, now
+    def lap(self) -> Lap:
+        """The time and the steps since the last lap."""
+        lap = Lap(self._seconds + time.perf_counter() - self._started, self._waited, self._num_steps)
+        self._restart()
         return lap
 
 
-def mfu(images_per_second: float, multiply_adds: int) -> float | None:
+def mfu(images_per_second: float, multiply_adds: int, num_devices: int) -> float | None:
     """Model FLOPs utilisation: 3 * 2 * multiply-adds of the forward's linear layers * images/s / peak; SSM excluded.
 
-    The peak is that of all devices in dense bfloat16; None where it is not known, as for CPUs.
+    The peak is that of `num_devices` devices in dense bfloat16; None where it is not known, as for CPUs.
     """
     peak = peak_flops(jax.devices()[0].device_kind)
-    return 6 * multiply_adds * images_per_second / (peak * jax.device_count()) if peak else None
+    return 6 * multiply_adds * images_per_second / (peak * num_devices) if peak else None
 
 
 def peak_memory_gb() -> float:
@@ -67,27 +85,23 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def speed_metrics(clock: Clock, num_steps: int, batch_size: int, multiply_adds: int) -> dict[str, float]:
-    """What a lap of the clock says: "images_per_second", "step_ms", of which "compute_ms", the share "data_wait",
-    "peak_memory_gb", and "mfu" where the device's peak is known."""
-    seconds, waited = clock.lap()
-    images_per_second = num_steps * batch_size / seconds
-    metrics = {
+def speed_metrics(lap: Lap, *, batch_size: int, multiply_adds: int, num_devices: int) -> dict[str, float]:
+    """ "images_per_second", "step_ms", of which "compute_ms", the share "data_wait", "peak_memory_gb", and "mfu".
+
+    Without a timed step the memory alone, and "mfu" only where the peak of the device is known.
+    """
+    metrics = {"peak_memory_gb": peak_memory_gb()}
+    if not lap.num_steps:
+        return metrics
+    images_per_second = lap.num_steps * batch_size / lap.seconds
+    utilisation = mfu(images_per_second, multiply_adds, num_devices)
+    speed = {
         "images_per_second": images_per_second,
-        "step_ms": 1e3 * seconds / num_steps,
-        "compute_ms": 1e3 * (seconds - waited) / num_steps,
-        "data_wait": waited / seconds,
-        "peak_memory_gb": peak_memory_gb(),
+        "step_ms": 1e3 * lap.seconds / lap.num_steps,
+        "compute_ms": 1e3 * (lap.seconds - lap.waited) / lap.num_steps,
+        "data_wait": lap.waited / lap.seconds,
     }
-    utilisation = mfu(images_per_second, multiply_adds)
-    return metrics if utilisation is None else metrics | {"mfu": utilisation}
-
-
-@jax.jit
-def state_norms(params, ema_params) -> dict[str, jax.Array]:
-    """ "param_norm", and "ema_distance" between the parameters and their average: Euclidean, over all of them."""
-    difference = jax.tree.map(jnp.subtract, params, ema_params)
-    return {"param_norm": optax.global_norm(params), "ema_distance": optax.global_norm(difference)}
+    return speed | metrics | ({} if utilisation is None else {"mfu": utilisation})
 
 
 class Profile:
@@ -101,8 +115,8 @@ class Profile:
     def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
         self._target, self._steps, self._folder = workdir / "profile", steps, None
 
-    def before(self, step: int, state: TrainState) -> None:
-        """Starts or ends the trace, if it is time; `step` steps were made."""
+    def before(self, step: int, state) -> None:
+        """Starts or ends the trace, if it is time; `step` is the number of steps made."""
         if self._steps is None or step not in self._steps:
             return
         jax.block_until_ready(state)

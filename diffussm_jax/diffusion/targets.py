@@ -1,0 +1,88 @@
+"""What a model is trained to predict, and how its prediction gives both x_0 and the noise.
+
+    Noise     noise                                   DDPM (arXiv 2006.11239)
+    X0        x_0
+    V         alpha noise - sigma x_0                 progressive distillation (arXiv 2202.00512)
+    Velocity  noise - x_0                             rectified flow (arXiv 2209.03003)
+
+`predict` returns both, because computing one from the other divides by alpha or sigma and loses digits where that is
+small.
+"""
+
+from typing import Protocol
+
+import jax
+
+from diffussm_jax.diffusion.processes import Process, scales
+
+
+class Target(Protocol):
+    """A quantity made of x_0 and noise; x_0, noise and x_t are [B, ...] float32, t is [B].
+
+    Attributes:
+      divides_by_alpha: whether `predict` needs alpha(t) > 0 everywhere.
+    """
+
+    divides_by_alpha: bool
+
+    def make(self, process: Process, x_0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """The value that the model should output."""
+
+    def predict(
+        self, process: Process, output: jax.Array, x_t: jax.Array, t: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x_0 and noise from the model's output, such that x_t = alpha x_0 + sigma noise."""
+
+
+class Noise:
+    """The noise itself."""
+
+    divides_by_alpha = True
+
+    def make(self, process, x_0, noise, t):
+        return noise
+
+    def predict(self, process, output, x_t, t):
+        alpha, sigma = scales(process, t, x_t.ndim)
+        return (x_t - sigma * output) / alpha, output
+
+
+class X0:
+    """The data."""
+
+    divides_by_alpha = False
+
+    def make(self, process, x_0, noise, t):
+        return x_0
+
+    def predict(self, process, output, x_t, t):
+        alpha, sigma = scales(process, t, x_t.ndim)
+        return output, (x_t - alpha * output) / sigma
+
+
+class V:
+    """alpha noise - sigma x_0."""
+
+    divides_by_alpha = False
+
+    def make(self, process, x_0, noise, t):
+        alpha, sigma = scales(process, t, x_0.ndim)
+        return alpha * noise - sigma * x_0
+
+    def predict(self, process, output, x_t, t):
+        alpha, sigma = scales(process, t, x_t.ndim)
+        total = alpha**2 + sigma**2  # 1 if the process preserves the variance
+        return (alpha * x_t - sigma * output) / total, (sigma * x_t + alpha * output) / total
+
+
+class Velocity:
+    """noise - x_0: dx_t/dt of rectified flow."""
+
+    divides_by_alpha = False
+
+    def make(self, process, x_0, noise, t):
+        return noise - x_0
+
+    def predict(self, process, output, x_t, t):
+        alpha, sigma = scales(process, t, x_t.ndim)
+        return (x_t - sigma * output) / (alpha + sigma), (x_t + alpha * output) / (alpha + sigma)

@@ -1,0 +1,35 @@
+"""From a config to the `Experiment` that the training loop runs: checks first, then everything that is needed."""
+
+import jax
+from ml_collections import ConfigDict
+
+from diffussm_jax.build import Parts
+from diffussm_jax.config import to_plain
+from diffussm_jax.training.checkpoint import Best
+from diffussm_jax.training.loop import Experiment
+from diffussm_jax.validation import check_same_experiment, validate
+
+
+def build_experiment(config: ConfigDict) -> Experiment:
+    """All that `training.loop.train` needs.
+
+    Raises:
+      ValueError: the config is wrong (`validation.validate`), or its data do not fit it.
+      FileNotFoundError: its data cannot be had.
+    """
+    validate(config, jax.device_count())
+    plain = to_plain(config)
+    parts = Parts(config, has_decoder=config.sample_every > 0)
+    return Experiment(
+        task=parts.task,
+        train_loader=parts.train_loader,
+        hooks=parts.hooks,
+        num_steps=config.num_steps,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        keep_every=config.keep_every,
+        best=Best(config.best_metric, config.best_mode),
+        multiply_adds=parts.model.costs(parts.input_shape).total,
+        config=plain,
+        check_config=lambda saved, where: check_same_experiment(saved, plain, where),
+    )

@@ -1,0 +1,74 @@
+"""A linear layer whose gradients are summed in float32, and the activation of the hourglass."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffussm_jax.parallel.sharding import whole_kernel
+
+gelu = nn.gelu  # the tanh form, Flax's default
+
+
+def _product(equation: str, is_gathered: bool, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    y = jnp.einsum(equation, x, _cast(kernel, x.dtype, is_gathered))
+    return y + jnp.expand_dims(bias.astype(x.dtype), _axes_of_x(equation))
+
+
+def _axes_of_x(equation: str) -> tuple[int, ...]:
+    """The dimensions of the output that the kernel, and so the bias, does not have."""
+    operands, output = equation.split("->")
+    return tuple(i for i, name in enumerate(output) if name not in operands.split(",")[1])
+
+
+def _cast(kernel: jax.Array, dtype: jnp.dtype, is_gathered: bool) -> jax.Array:
+    """Cast before it is gathered, so that devices send the smaller dtype."""
+    return whole_kernel(kernel.astype(dtype)) if is_gathered else kernel.astype(dtype)
+
+
+_linear = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
+
+
+def _linear_forward(equation, is_gathered, x, kernel, bias):
+    return _product(equation, is_gathered, x, kernel, bias), (x, kernel)
+
+
+def _linear_backward(equation, is_gathered, residuals, dy):
+    x, kernel = residuals
+    operands, output = equation.split("->")
+    of_x, of_kernel = operands.split(",")
+    dx = jnp.einsum(f"{output},{of_kernel}->{of_x}", dy, _cast(kernel, x.dtype, is_gathered))
+    dkernel = jnp.einsum(f"{of_x},{output}->{of_kernel}", x, dy, preferred_element_type=jnp.float32)
+    dbias = jnp.sum(dy, _axes_of_x(equation), dtype=jnp.float32)
+    return dx, dkernel, dbias
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+class Linear(nn.Module):
+    """einsum(equation, x, kernel) + bias, in `dtype`; parameters float32, and their gradients summed in float32.
+
+    Left to themselves, gradients of a bfloat16 product are rounded to bfloat16 before devices add theirs up.
+
+    Attributes:
+      equation: of x and kernel; the bias has those dimensions of the output that the kernel has.
+      shape: of the kernel.
+      dtype: of the product.
+      kernel_init: by default Xavier's, uniform.
+      is_gathered: whether every device gathers the kernel whole first. Left to itself, XLA may split a product with few
+        rows along axes of the mesh that are idle, and communicate activations.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    is_gathered: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        operands, output = self.equation.split("->")
+        sizes = dict(zip(operands.split(",")[1], self.shape, strict=True))
+        kernel = self.param("kernel", self.kernel_init, self.shape)
+        bias = self.param("bias", nn.initializers.zeros, tuple(sizes[k] for k in output if k in sizes))
+        return _linear(self.equation, self.is_gathered, x.astype(self.dtype), kernel, bias)

@@ -1,0 +1,136 @@
+"""What every backbone shares: its conditioners, and the way in which a condition reaches them.
+
+A condition is a dict of arrays from the batch, {"label": [B]}; an array alone means {"label": array}, and None or {} is
+the condition of an unconditional model. Each key has a conditioner, given as a factory and made inside the model as the
+submodule f"{key}_embed".
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffussm_jax.models.conditioners import Conditioner, LabelEmbed
+from diffussm_jax.options import NOT_AN_OPTION
+from diffussm_jax.parallel.sharding import Rules
+
+Condition = Mapping[str, Any]
+ConditionerFactory = Callable[..., Conditioner]
+
+
+class Costs(NamedTuple):
+    """What a forward pass of one image costs.
+
+    Attributes:
+      parameters: number of parameters by part.
+      multiply_adds: of the linear layers by part, as the papers count them; elementwise work and mixers excluded.
+      recomputed: those of `multiply_adds` that the backward pass computes again.
+      mixer: multiply-adds of all sequence mixers; None where the method is not counted.
+    """
+
+    parameters: dict[str, int]
+    multiply_adds: dict[str, int]
+    recomputed: int = 0
+    mixer: int | None = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.multiply_adds.values())
+
+
+def class_labels(num_classes: int, dropout: float = 0.1) -> dict[str, ConditionerFactory]:
+    """The conditioners of a class-conditional model; none for 0 classes."""
+    if num_classes == 0:
+        return {}
+    return {"label": functools.partial(LabelEmbed, num_classes=num_classes, dropout=dropout)}
+
+
+class Backbone(nn.Module, kw_only=True):
+    """Base of backbones.
+
+    Attributes:
+      conditioners: a factory for each key of the condition, called with width, dtype and name; {} if unconditional.
+      num_outputs: output channels for each input channel: 2 with a learned variance, else 1.
+    """
+
+    conditioners: Mapping[str, ConditionerFactory] = dataclasses.field(default_factory=lambda: class_labels(1000))
+    num_outputs: Annotated[int, NOT_AN_OPTION] = 2
+    sharding_rules: ClassVar[Rules] = ()
+
+    def check(self, input_shape: tuple[int, int, int]) -> None:
+        """Raises ValueError, naming values and what is allowed, if the model cannot take inputs (H, W, C)."""
+
+    def costs(self, input_shape: tuple[int, int, int], num_images: int = 1) -> Costs:
+        """Costs for inputs (H, W, C), `num_images` of them computed together on a device; here parameters alone."""
+        return Costs(self.count_parameters(input_shape), {})
+
+    def count_parameters(self, input_shape: tuple[int, int, int]) -> dict[str, int]:
+        """Number of parameters by top-level part, without building any array."""
+        shapes = jax.eval_shape(lambda: self.init_params(input_shape, 0))
+        return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
+
+    def init_params(self, input_shape: tuple[int, int, int], seed: int) -> dict:
+        """Fresh float32 parameters for inputs (H, W, C); under `jax.eval_shape`, shapes alone."""
+
+        def init():
+            x_t, t = jnp.zeros((1, *input_shape)), jnp.zeros(1, jnp.int32)
+            return self.init(jax.random.key(seed), x_t, t, self.example_condition(1))["params"]
+
+        return jax.jit(init)()
+
+    def _unbound(self, key: str) -> Conditioner:
+        return self.conditioners[key](width=1, parent=None)
+
+    def as_condition(self, condition: Condition | jax.Array | None) -> Condition:
+        """The condition as a dict with exactly the model's keys.
+
+        Raises:
+          ValueError: a key is missing or unknown.
+        """
+        if condition is None:
+            condition = {}
+        elif not isinstance(condition, Mapping):
+            condition = {"label": condition}
+        if condition.keys() != self.conditioners.keys():
+            raise ValueError(
+                f"the model takes the conditions {sorted(self.conditioners)}, it was called with {sorted(condition)}"
+            )
+        return condition
+
+    def example_condition(self, batch_size: int) -> Condition:
+        """A condition of the right shapes and dtypes."""
+        return {key: self._unbound(key).example(batch_size) for key in self.conditioners}
+
+    def null(self, condition: Condition | jax.Array | None) -> Condition:
+        """The condition that stands for none, in the shape of `condition`."""
+        return {key: self._unbound(key).null(value) for key, value in self.as_condition(condition).items()}
+
+    def drop(self, condition: Condition | jax.Array | None, key: jax.Array) -> Condition:
+        """The condition with rows replaced by the null one at random, for classifier-free guidance."""
+        condition = self.as_condition(condition)
+        rngs = {f"{name}_dropout": key for name in condition}
+        return _Drop(self.conditioners, parent=None).apply({}, condition, rngs=rngs)
+
+    def embed(self, condition: Condition | jax.Array | None, width: int, dtype) -> dict[str, Any]:
+        """Each conditioner's `Conditioning`, by key; to be called inside a compact method."""
+        return {
+            key: self.conditioners[key](width=width, dtype=dtype, name=f"{key}_embed")(value)
+            for key, value in self.as_condition(condition).items()
+        }
+
+
+class _Drop(nn.Module):
+    """Drops conditions outside the model, for a whole batch, with the keys that a submodule of the model would draw."""
+
+    conditioners: Mapping[str, ConditionerFactory]
+
+    @nn.compact
+    def __call__(self, condition: Condition) -> Condition:
+        return {
+            key: self.conditioners[key](width=1, name=f"{key}_embed").drop(value, f"{key}_dropout")
+            for key, value in condition.items()
+        }

@@ -1,0 +1,207 @@
+"""A trained run, opened for sampling and evaluation:
+
+    from diffussm_jax import load_run
+
+    run = load_run("runs/digits")
+    images, labels = run.sample(100, guidance_scale=1.5)
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffussm_jax import config as config_lib
+from diffussm_jax.build import Parts
+from diffussm_jax.data.codec import Codec
+from diffussm_jax.diffusion import Prediction
+from diffussm_jax.models import Backbone
+from diffussm_jax.parallel.mesh import make_mesh, replicated
+from diffussm_jax.training.checkpoint import Best, Checkpointer
+from diffussm_jax.training.loop import CONFIG_NAME
+from diffussm_jax.training.posthoc_ema import Snapshots
+from diffussm_jax.validation import validate
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config, its objects, and the averaged parameters of one checkpoint, on all devices.
+
+    Attributes:
+      parts: the objects that the config describes.
+      params: of the model.
+    """
+
+    parts: Parts
+    params: dict
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.parts.config
+
+    @property
+    def model(self) -> Backbone:
+        return self.parts.model
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """Between images and x_0."""
+        return self.parts.codec
+
+    @functools.cached_property
+    def _denoise(self) -> Callable:
+        return jax.jit(lambda params, *arguments: self.parts.generator.predict(params)(*arguments))
+
+    def denoise(self, x_t: jax.Array, t: jax.Array, condition=None) -> Prediction:
+        """The model's prediction of x_0 and noise, not guided and not clipped.
+
+        Args:
+          x_t: [B, H, W, C] float32.
+          t: [B], times of the run's process.
+          condition: labels [B], a dict of arrays, or None for an unconditional model.
+        """
+        return self._denoise(self.params, x_t, t, self.model.as_condition(condition))
+
+    def sample(
+        self,
+        num_samples: int = 100,
+        labels: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 256,
+        progress: Callable[[int], None] = lambda num_images: None,
+        **sampling,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images and their labels.
+
+        Args:
+          num_samples: N.
+          labels: the classes, taken in turn; all if None.
+          seed: of the noise. The same seed and batch size give the same images.
+          batch_size: images at a time.
+          progress: called with the number of images of each batch that is done.
+          **sampling: other values for keys of `config.sampling`, such as sampler="ddim", num_steps=50,
+            guidance_scale=1.5.
+
+        Returns:
+          images [N, H, W, C] uint8, labels [N] int32.
+
+        Raises:
+          ValueError: a label or an option is not allowed.
+        """
+        parts = self.with_sampling(**sampling).parts if sampling else self.parts
+        all_labels = choose_labels(labels, num_samples, self.config.data.num_classes)
+        batch_size, images = min(batch_size, num_samples), []
+        for i, start in enumerate(range(0, num_samples, batch_size)):
+            condition = self.model.example_condition(batch_size)
+            if "label" in condition:  # one shape, one compilation
+                condition["label"] = np.resize(all_labels[start : start + batch_size], batch_size)
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            x_0 = parts.generator(self.params, condition, batch_size, key)
+            images.append(self.codec.decode(x_0)[: num_samples - start])
+            progress(len(images[-1]))
+        return np.concatenate(images), all_labels
+
+    def with_sampling(self, **sampling) -> "Run":
+        """The same run with other values of `config.sampling`.
+
+        Raises:
+          ValueError: a value is not allowed.
+        """
+        config = copy.deepcopy(self.config)
+        _set_sampling(config, sampling)
+        validate(config)
+        return Run(dataclasses.replace(self.parts, config=config), self.params)
+
+
+def _set_sampling(config: ConfigDict, values: dict) -> None:
+    if "sampler" in values:
+        config_lib.choose(config, "sampling.sampler", values["sampler"])
+    config.sampling.update(values)
+
+
+def choose_labels(labels: Sequence[int] | None, num_samples: int, num_classes: int) -> np.ndarray:
+    """[num_samples] int32: the given labels, or all classes, taken in turn; zeros for an unconditional model.
+
+    Raises:
+      ValueError: a label is no class of the model, or the model has none.
+    """
+    if num_classes == 0:
+        if labels:
+            raise ValueError(f"labels {list(labels)} were given to an unconditional model")
+        return np.zeros(num_samples, np.int32)
+    chosen = np.arange(num_classes) if labels is None else np.asarray(labels, np.int64)
+    if not len(chosen) or chosen.min() < 0 or chosen.max() >= num_classes:
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {list(labels)}")
+    return np.resize(chosen, num_samples).astype(np.int32)
+
+
+def load_config(workdir: epath.PathLike) -> ConfigDict:
+    """The config of a run, also of one that an older version made.
+
+    Raises:
+      FileNotFoundError: the folder holds no run.
+    """
+    path = epath.Path(workdir) / CONFIG_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_NAME} in it")
+    return config_lib.from_plain(json.loads(path.read_text()))
+
+
+def load_run(
+    workdir: epath.PathLike,
+    checkpoint: str = "latest",
+    *,
+    ema_sigma: float | None = None,
+    vae: str | None = None,
+    **sampling,
+) -> Run:
+    """Opens a run, with the averaged weights of a checkpoint.
+
+    Args:
+      workdir: of the run.
+      checkpoint: "latest", "best" or a step.
+      ema_sigma: relative standard deviation of a post-hoc EMA (`training.posthoc_ema`), for a run that stored averages;
+        the checkpoint's own average if None.
+      vae: a diffusers folder or repository of the autoencoder that decodes latents; the config's if None.
+      **sampling: other values for keys of `config.sampling`.
+
+    Raises:
+      FileNotFoundError: there is no run, or no checkpoint of it.
+      ValueError: an option is not allowed, or the checkpoint is of another model.
+    """
+    config = load_config(workdir)
+    _set_sampling(config, sampling)
+    config.data.vae = vae or config.data.vae
+    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    validate(config)
+    mesh = make_mesh()
+    parts = Parts(config, mesh)
+    parts.codec  # noqa: B018 - an autoencoder that is missing should be found before anything large is read
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(lambda: parts.model.init_params(parts.input_shape, 0)),
+    )
+    if ema_sigma is None:
+        best = Best(config.best_metric, config.best_mode)
+        with contextlib.closing(Checkpointer(workdir, best=best, is_read_only=True)) as checkpointer:
+            params = checkpointer.restore_ema(checkpointer.resolve(checkpoint), like)
+    else:
+        with contextlib.closing(Snapshots(workdir, is_read_only=True)) as snapshots:
+            params = snapshots.reconstruct(ema_sigma, like, step=_snapshot_step(checkpoint))
+    return Run(parts, params)
+
+
+def _snapshot_step(checkpoint: str) -> int | None:
+    if checkpoint == "latest":
+        return None
+    if not checkpoint.isdecimal():
+        raise ValueError(f"with --ema_sigma, --checkpoint must be latest or a step, got {checkpoint!r}")
+    return int(checkpoint)

@@ -1,0 +1,109 @@
+"""The hooks that come with the package: held-out loss, sample grids, norms, snapshots for post-hoc EMA.
+
+A hook is made by a function of a `HookContext` and its options, so that a config can choose it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from diffussm_jax.data.loader import Loader
+from diffussm_jax.data.transforms import image_grid, save_png
+from diffussm_jax.parallel.mesh import batch_to_devices
+from diffussm_jax.training.metrics import MetricsLog
+from diffussm_jax.training.posthoc_ema import Snapshots
+from diffussm_jax.training.task import Hook, Task
+
+_SAMPLE_SALT = 0x5A4D  # keeps the grid's noise apart from the training steps'
+
+
+class HookContext(NamedTuple):
+    """What a hook may use: the run's folder, its log and its task."""
+
+    workdir: epath.Path
+    log: MetricsLog
+    task: Task
+
+
+HookFactory = Callable[[HookContext], Hook]
+
+
+def eval_loss(context: HookContext, *, loader: Loader, every: int) -> Hook:
+    """Logs the mean loss over all held-out records, each counted once, as "eval_loss"."""
+    task = context.task
+
+    def run(state, step):
+        params, num_rows = task.eval_params(state), [loader.num_rows(i) for i in range(len(loader))]
+        metrics = [
+            task.eval_step(params, batch_to_devices(task.mesh, loader.batch(i)), i, rows)
+            for i, rows in enumerate(num_rows)
+        ]
+        found = jax.device_get(metrics)
+        return {
+            f"eval_{name}": float(np.average([float(m[name]) for m in found], weights=num_rows)) for name in found[0]
+        }
+
+    return Hook("eval_loss", every, run)
+
+
+def sample_grid(
+    context: HookContext,
+    *,
+    draw: Callable[[dict, jax.Array], np.ndarray],
+    num_columns: int,
+    seed: int,
+    every: int,
+) -> Hook:
+    """Draws images with the averaged parameters, and writes them as a grid to samples/step_NNNNNNNN.png.
+
+    Args:
+      context: of the run.
+      draw: (params, key) -> images [B, H, W, C] uint8.
+      num_columns: of the grid.
+      seed: of the noise, which is the same every time.
+      every: interval in steps.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), _SAMPLE_SALT)
+
+    def run(state, step):
+        images = draw(context.task.eval_params(state), key)
+        if jax.process_index() == 0:
+            grid, folder = image_grid(images, num_columns), context.workdir / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_png(folder / f"step_{step:08d}.png", grid)
+            context.log.image(step, "samples", grid)
+        return {}
+
+    return Hook("sample_grid", every, run)
+
+
+def posthoc_ema(context: HookContext, *, every: int) -> Hook:
+    """Stores the power-function averages of the parameters, from which others can be computed after training."""
+    snapshots = Snapshots(context.workdir)
+
+    def run(state, step):
+        snapshots.save(step, state.power_ema)
+        return {}
+
+    return Hook("posthoc_ema", every, run, snapshots.close)
+
+
+@jax.jit
+def _norms(params, averaged) -> dict[str, jax.Array]:
+    difference = jax.tree.map(jnp.subtract, params, averaged)
+    return {"param_norm": optax.tree.norm(params), "ema_distance": optax.tree.norm(difference)}
+
+
+def norms(context: HookContext, *, learning_rate: optax.Schedule, every: int) -> Hook:
+    """Logs "learning_rate", as used in the last step, "param_norm", and the parameters' distance to their average."""
+
+    def run(state, step):
+        found = jax.device_get(_norms(state.params, context.task.eval_params(state)))
+        return {"learning_rate": float(learning_rate(step - 1))} | {name: float(x) for name, x in found.items()}
+
+    return Hook("norms", every, run)

@@ -1,0 +1,53 @@
+"""The two interfaces of the training loop: what is trained, and what happens at intervals."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+
+class Task(Protocol):
+    """What is trained. The loop reads `state.step` and `state.skipped_in_a_row`, and nothing else of a state.
+
+    Attributes:
+      mesh: the devices.
+      max_skipped_steps: more skipped steps in a row end the run.
+      abstract_state: shapes, dtypes and shardings of the state.
+      batch_spec: likewise of a global batch.
+    """
+
+    mesh: Mesh
+    max_skipped_steps: int
+    abstract_state: Any
+    batch_spec: dict[str, jax.ShapeDtypeStruct]
+
+    def create_state(self) -> Any:
+        """The state before the first step."""
+
+    def train_step(self, state: Any, batch: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+        """The next state, and scalar metrics of any names, among them "loss" and "skipped". Donates the state."""
+
+    def eval_step(self, params: Any, batch: dict[str, jax.Array], index: int, num_rows: int) -> dict[str, jax.Array]:
+        """Mean metrics over the first `num_rows` rows of held-out batch number `index`."""
+
+    def eval_params(self, state: Any) -> Any:
+        """The parameters to evaluate and to sample from; the checkpoint's item "ema"."""
+
+
+class Hook(NamedTuple):
+    """Something done every so often during training.
+
+    Attributes:
+      name: for messages.
+      every: interval in steps; 0 is never. It also runs after the last step.
+      run: (state, step) -> metrics for that step's row. Called in all processes; files are written by the first. It
+        must not keep the state, whose buffers are donated, and must be idempotent: a resumed run may come by again. It
+        runs before the checkpoint of the same step is saved.
+      close: called at the end of training.
+    """
+
+    name: str
+    every: int
+    run: Callable[[Any, int], dict[str, float]]
+    close: Callable[[], None] = lambda: None

@@ -1,0 +1,157 @@
+"""Checks of a whole config before anything is built, and of a config against the one of the run that it resumes."""
+
+import json
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from diffussm_jax import config as config_lib
+from diffussm_jax import registry
+from diffussm_jax.build import Parts
+from diffussm_jax.options import Option, check_names, flatten, options_of
+from diffussm_jax.parallel.mesh import mesh_shape
+from diffussm_jax.parallel.sharding import spec_of
+
+# Groups of which everything may change on resume.
+_CHANGEABLE_GROUPS = ("sampling", "mesh", "hooks")
+
+
+def known_options(config: ConfigDict) -> dict[str, Option]:
+    """Every key that the config may have, by its dotted name; the keys that choose components among them.
+
+    Raises:
+      ValueError: there is no component of a chosen name.
+    """
+    found = {key: option for key, option in options_of(config_lib.Run).items()}
+    for group, keys in config_lib.GROUPS.items():
+        found |= {f"{group}.{key}": option for key, option in options_of(keys).items()}
+    for key, kind, group in config_lib.chosen(config):
+        path = key.rpartition(".")[0]
+        component = registry.component(kind, group[key.rpartition(".")[2]], key)
+        for name, option in options_of(component).items():
+            if not option.component:
+                found[f"{path}.{name}"] = option
+        found.setdefault(key, Option(default="", type=str))
+    return found
+
+
+def validate(config: ConfigDict, num_devices: int = 1) -> None:
+    """Checks a whole config, in milliseconds; a mesh that splits parameters takes a second.
+
+    Args:
+      config: in the form of `default_config()`.
+      num_devices: how many devices there are.
+
+    Raises:
+      ValueError: a key is missing or unknown, or a value is not allowed or does not fit another or the devices. The
+        message names the key, the value and what is allowed.
+    """
+    config_lib.import_modules(config)
+    known, values = known_options(config), flatten(config)
+    values = {key: value for key, value in values.items() if not isinstance(value, ConfigDict)}  # empty groups
+    check_names((f"config.{key}" for key in values), [f"config.{key}" for key in known], "key")
+    if missing := sorted(known.keys() - values.keys()):
+        raise ValueError(f"the config lacks the keys {missing}; start from diffussm_jax.config.default_config()")
+    for key, option in known.items():
+        option.check(f"config.{key}", values[key])
+    _check_combinations(config, num_devices)
+
+
+def _check_combinations(config: ConfigDict, num_devices: int) -> None:
+    data, sampling = config.data, config.sampling
+    if config.eval_every and not data.eval_split:
+        raise ValueError("config.eval_every needs held-out data: set config.data.eval_split, or eval_every to 0")
+    if data.image_size % data.downsampling:
+        raise ValueError(
+            f"config.data.image_size = {data.image_size} is not a multiple of "
+            f"config.data.downsampling = {data.downsampling}"
+        )
+    parts = Parts(config)
+    if not parts.has_latents and (data.downsampling, data.scaling_factor) != (1, 1):
+        raise ValueError(
+            f"config.data.downsampling and scaling_factor must be 1 for pixels, got {data.downsampling} and "
+            f"{data.scaling_factor}"
+        )
+    if data.random_crop and (parts.has_latents or data.source == "digits"):
+        raise ValueError(f"config.data.random_crop is for the source images, not {data.source}")
+    if sampling.guidance_scale != 1:
+        dropouts = {key: group.get("dropout", 1) for key, group in parts.condition_groups.items()}
+        if not dropouts or not all(dropouts.values()):
+            raise ValueError(
+                f"config.sampling.guidance_scale = {sampling.guidance_scale} needs a null condition: classes and "
+                f"dropout, got config.data.num_classes = {data.num_classes} and dropouts {dropouts} in "
+                "config.conditioners"
+            )
+    _explain("config.diffusion", lambda: parts.objective)
+    process = parts.objective.process
+    if process.num_steps is not None and sampling.num_steps > process.num_steps:
+        raise ValueError(
+            f"config.sampling.num_steps = {sampling.num_steps} exceeds config.diffusion.num_steps = {process.num_steps}"
+        )
+    _explain("config.model", lambda: parts.model.check(parts.input_shape))
+    mesh = _explain("config.mesh", lambda: mesh_shape(**config.mesh.to_dict(), num_devices=num_devices))
+    _check_mesh(config, parts, dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+
+
+def _explain(key: str, check):
+    """The result of `check`, with the key in front of its ValueError."""
+    try:
+        return check()
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+class _Sizes:
+    """A mesh of which only the sizes are known."""
+
+    def __init__(self, shape: Mapping[str, int]):
+        self.shape = shape
+
+
+def _check_mesh(config: ConfigDict, parts: Parts, mesh: Mapping[str, int]) -> None:
+    accumulation_steps = config.optimizer.accumulation_steps
+    num_parts = mesh["data"] * mesh["fsdp"] * accumulation_steps
+    if config.batch_size % num_parts:
+        raise ValueError(
+            f"config.batch_size = {config.batch_size} is not a multiple of {num_parts}: config.mesh.data = "
+            f"{mesh['data']} x fsdp = {mesh['fsdp']} devices x config.optimizer.accumulation_steps = "
+            f"{accumulation_steps}"
+        )
+    if mesh["fsdp"] * mesh["tensor"] > 1:
+        for path, shape in parts.parameter_shapes.items():
+            spec_of(path, shape, parts.model.sharding_rules, _Sizes(mesh))
+
+
+def check_same_experiment(saved: dict, config: dict, where: str) -> None:
+    """Checks that a run may go on with another config; both as `config.to_plain` gives them.
+
+    Keys that change nothing that was computed so far may differ: intervals, paths, the mesh, how gradients are stored.
+    The number of steps may differ unless the learning rate follows it.
+
+    Raises:
+      ValueError: the configs are of different experiments; every key that differs is listed.
+    """
+    today = config_lib.from_plain(config)
+    changeable = {key for key, option in known_options(today).items() if option.is_changeable_on_resume}
+    if today.optimizer.decay == "constant":
+        changeable.add("num_steps")
+    old = flatten(json.loads(json.dumps(config_lib.to_plain(config_lib.from_plain(saved)))))
+    new = flatten(json.loads(json.dumps(config)))
+    differing = [
+        f"config.{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in changeable and key.partition(".")[0] not in _CHANGEABLE_GROUPS and old.get(key) != new.get(key)
+    ]
+    if differing:
+        reason = " (with config.optimizer.decay = 'cosine' the learning rate follows num_steps)"
+        raise ValueError(
+            f"{where} holds a run of another config; choose another workdir or the same values:\n  "
+            + "\n  ".join(line + (reason if line.startswith("config.num_steps:") else "") for line in differing)
+        )
+
+
+def images_at_a_time(config: ConfigDict, mesh: Mapping[str, int]) -> int:
+    """Images that a device computes together: its part of a microbatch."""
+    return config.batch_size // (mesh["data"] * mesh["fsdp"] * config.optimizer.accumulation_steps)
+
+
