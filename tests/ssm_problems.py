@@ -103,7 +103,7 @@ COMPILE_KERNEL = """
 import sys
 import jax
 from jax.sharding import SingleDeviceSharding
-from diffussm_jax.parallel.topology import compile_only_devices, parse_machine
+from diffussm_jax.parallel.topology import compile_only_devices, lowering_for, parse_machine
 from diffussm_jax.ssm import init_s4d, ssm_apply_phases, to_complex
 
 machine, dtype, platform, kernel = sys.argv[1:5]
@@ -116,11 +116,14 @@ def vjp(reals, u, dy):
     y, pull_back = jax.vjp(apply, reals, u)
     return y, pull_back(dy)
 
-sharding = SingleDeviceSharding(compile_only_devices(parse_machine(machine))[0])
+device = compile_only_devices(parse_machine(machine))[0]
+sharding = SingleDeviceSharding(device)
 shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=sharding)
 real = jax.tree.map(lambda x: shape(x.shape, x.dtype), jax.eval_shape(lambda: init_s4d(jax.random.key(0), D, N)))
 arguments = [real, real], shape((M, D, B, J), dtype), shape((M, 2, D, B, J), dtype)
-print(jax.jit(vjp).lower(*arguments).compile().as_text().count(f'custom_call_target="{kernel}"'), "kernels")
+with lowering_for(device):
+    lowered = jax.jit(vjp).lower(*arguments)
+print(lowered.compile().as_text().count(f'custom_call_target="{kernel}"'), "kernels")
 """
 
 
