@@ -163,7 +163,7 @@ def make_train_step(recipe: Recipe) -> Callable[[TrainState, Batch], TrainState]
         with jax.sharding.use_abstract_mesh(r.mesh.abstract_mesh):
             key = jax.random.fold_in(jax.random.key(r.seed), state.step)
             grads, metrics = _gradients(r, state.params, batch, key)
-            metrics["grad_norm"] = optax.global_norm(grads)
+            metrics["grad_norm"] = optax.tree.norm(grads)
             is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             is_taken = is_finite & (state.skipped_in_a_row <= r.max_skipped_steps)
             taken = jax.tree.map(lambda new, old: jnp.where(is_taken, new, old), update(state, grads), state)

@@ -87,7 +87,7 @@ def speed_metrics(clock: Clock, num_steps: int, batch_size: int, multiply_adds: 
 def state_norms(params, ema_params) -> dict[str, jax.Array]:
     """ "param_norm", and "ema_distance" between the parameters and their average: Euclidean, over all of them."""
     difference = jax.tree.map(jnp.subtract, params, ema_params)
-    return {"param_norm": optax.global_norm(params), "ema_distance": optax.global_norm(difference)}
+    return {"param_norm": optax.tree.norm(params), "ema_distance": optax.tree.norm(difference)}
 
 
 class Profile:
