@@ -66,7 +66,9 @@ class S4D(nn.Module):
     sharding_rules: ClassVar[Rules] = ((r".", (("tensor", "fsdp"),)),)
 
     def check(self) -> None:
-        """Raises ValueError if the state size is odd."""
+        """Raises ValueError if the state size is odd, or there is no such scan."""
+        if self.scan not in SCANS:
+            raise ValueError(f"unknown scan {self.scan!r}; choose one of {', '.join(SCANS)}")
         if self.state_size % 2:
             raise ValueError(f"state_size must be even, got {self.state_size}")
 
@@ -78,6 +80,7 @@ class S4D(nn.Module):
     @nn.compact
     def phases(self, u: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
         """The same in the layout of the hourglass: u [M, D, B, J] -> [M, R, D, B, J] (`ssm.phases`)."""
+        self.check()
         if self.scan == "2d" and grid is None:
             raise ValueError('scan = "2d" needs grid = (H, W)')
 
