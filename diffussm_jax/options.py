@@ -69,7 +69,7 @@ class Option:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(self.choices.names)}")
         if self.type is int and (not isinstance(value, int) or isinstance(value, bool)):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
-        if self.type is float and not isinstance(value, int | float):
+        if self.type is float and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise ValueError(f"{name} must be a number, got {value!r}")
         if not self.range:
             return

@@ -14,7 +14,7 @@ def tiny_config():
     config.checkpoint_every = 4
     config.model.width = 16
     config.model.depth = 2
-    config.model.state_size = 4
+    config.model.mixer.state_size = 4
     config.diffusion.schedule = "cosine"
     config.diffusion.clip_x_0 = True
     config.optimizer.learning_rate = 1e-2

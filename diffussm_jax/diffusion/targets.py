@@ -28,9 +28,7 @@ class Target(Protocol):
     def make(self, process: Process, x_0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """The value that the model should output."""
 
-    def predict(
-        self, process: Process, output: jax.Array, x_t: jax.Array, t: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def predict(self, process: Process, output: jax.Array, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x_0 and noise from the model's output, such that x_t = alpha x_0 + sigma noise."""
 
 
