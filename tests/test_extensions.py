@@ -83,6 +83,7 @@ def test_components_from_outside_train_resume_and_are_sampled_in_a_fresh_process
 def test_a_task_from_outside_trains_and_resumes(tmp_path):
     config = short_config("task")
     choose(config, "task.name", "classifier")
+    config.batch_size = 64
     rows = train_and_resume(config, tmp_path)
     assert float(rows[3]["eval_loss"]) < float(rows[1]["eval_loss"])  # of the averaged parameters, same noise
     assert not (tmp_path / "samples").exists()
