@@ -62,7 +62,12 @@ _JSON = flags.DEFINE_string("json", None, "A file to write the figures to, too."
 _GIB = 2**30
 _PAPER_IMAGES = {512: 302e6}
 _DEFAULT_IMAGES = 660e6
-_LITTLE_EFFORT = {"exec_time_optimization_effort": -1.0}
+# JAX 0.12 replaced the first option by the second, of which 9 is O0.
+_LITTLE_EFFORT = (
+    {"exec_time_optimization_effort": -1.0}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {"optimization_level": 9}
+)
 _STATE_NAMES = {"params": "parameters", "ema_params": "EMA", "opt_state": "optimizer", "power_ema": "post-hoc EMA"}
 
 

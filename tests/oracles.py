@@ -82,13 +82,19 @@ def recurrence(real, u, *, discretization="zoh", reverse=False):
 
 
 def recurrence_gradients(real, u, dy, *, discretization="zoh", reverse=False):
-    """The gradients of sum(dy * y), y = recurrence(real, u): a dict of the real parameters, and du [B, L, D].
+    """The gradients of sum(dy * y), y = recurrence(real, u): a dict of the real parameters, and du [B, L, D]."""
+    d_real, du = recurrence_gradients_by_state(real, u, dy, discretization=discretization, reverse=reverse)
+    return d_real | {"log_dt": d_real["log_dt"].sum(-1)}, du
+
+
+def recurrence_gradients_by_state(real, u, dy, *, discretization="zoh", reverse=False):
+    """`recurrence_gradients`, but that by log_dt, a sum over states, is left as its terms [D, N/2].
 
     The adjoint state a_k = d_x_k runs against the recurrence: a_k = 2 conj(C) dy_k + conj(Lambda_bar) a_{k+1}.
     """
     u, dy = np.asarray(u, np.float64), np.asarray(dy, np.float64)
     if reverse:
-        d_real, du = recurrence_gradients(real, u[:, ::-1], dy[:, ::-1], discretization=discretization)
+        d_real, du = recurrence_gradients_by_state(real, u[:, ::-1], dy[:, ::-1], discretization=discretization)
         return d_real, du[:, ::-1]
     p = complex_parameters(real)
     Lambda_bar, B_bar = discretize(p["Lambda"], p["B"], p["dt"], discretization)
@@ -105,14 +111,14 @@ def recurrence_gradients(real, u, dy, *, discretization="zoh", reverse=False):
         "im": d_Lambda.imag,
         "B": np.stack([d_B.real, d_B.imag], -1),
         "C": np.stack([d_C.real, d_C.imag], -1),
-        "log_dt": d_dt * p["dt"],
+        "log_dt": d_dt * p["dt"][:, None],
         "D": np.einsum("bld,bld->d", dy, u),
     }
     return d_real, du
 
 
 def _discretize_gradients(Lambda, B, dt, d_Lambda_bar, d_B_bar, discretization):
-    """d_Lambda, d_B [D, N/2] and d_dt [D] from the derivatives of `discretize`, each written out."""
+    """d_Lambda, d_B and the terms of d_dt, [D, N/2], from the derivatives of `discretize`, each written out."""
     dt = dt[:, None]
     if discretization == "zoh":
         Lambda_bar = np.exp(dt * Lambda)
@@ -126,13 +132,13 @@ def _discretize_gradients(Lambda, B, dt, d_Lambda_bar, d_B_bar, discretization):
         B_bar_by_Lambda, B_bar_by_dt = dt**2 / 2 * B / denominator**2, B / denominator**2
     d_Lambda = Lambda_bar_by_Lambda.conj() * d_Lambda_bar + B_bar_by_Lambda.conj() * d_B_bar
     d_dt = Lambda_bar_by_dt.conj() * d_Lambda_bar + B_bar_by_dt.conj() * d_B_bar
-    return d_Lambda, B_bar_by_B.conj() * d_B_bar, d_dt.real.sum(-1)
+    return d_Lambda, B_bar_by_B.conj() * d_B_bar, d_dt.real
 
 
-def relative_error(actual, expected):
-    """|actual - expected| / |expected| of whole arrays, in the Euclidean norm."""
+def relative_error(actual, expected, scale=None):
+    """|actual - expected| / |scale| of whole arrays, in the Euclidean norm; the scale is `expected` unless given."""
     actual = np.asarray(actual)
     expected = np.asarray(expected)
     wide = np.complex128 if np.iscomplexobj(expected) else np.float64
     assert actual.shape == expected.shape, f"shapes differ: {actual.shape} and {expected.shape}"
-    return np.linalg.norm(actual.astype(wide) - expected) / np.linalg.norm(expected)
+    return np.linalg.norm(actual.astype(wide) - expected) / np.linalg.norm(expected if scale is None else scale)

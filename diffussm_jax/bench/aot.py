@@ -24,7 +24,7 @@ from diffussm_jax.bench.counts import TPU_REGISTER, pallas_counts
 from diffussm_jax.bench.ssm import PASSES, Shape, check_methods, first_line, ssm_arguments, ssm_functions
 from diffussm_jax.bench.yardsticks import TORCH_METHODS
 from diffussm_jax.parallel.mesh import platform_of
-from diffussm_jax.parallel.topology import CHIPS, Chip, Machine, compile_only_devices, parse_machine
+from diffussm_jax.parallel.topology import CHIPS, Chip, Machine, compile_only_devices, lowering_for, parse_machine
 
 DEFAULT_SHAPE = (16, 1024, 1152, 64)
 DEFAULT_DTYPE = "bfloat16"
@@ -112,9 +112,10 @@ def compiled_figures(
     """Compiles a function for the shapes of arguments on a chip's device, and counts; keys as for `bench_aot`."""
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    traced = jax.jit(function).trace(*arguments)
+    with lowering_for(device):
+        traced = jax.jit(function).trace(*arguments)
+        lowered = traced.lower()
     pallas = pallas_counts(traced.jaxpr, TPU_REGISTER if chip.platform == "tpu" else (1, 1))
-    lowered = traced.lower()
     start = time.perf_counter()
     compiled = lowered.compile()
     compile_s = time.perf_counter() - start

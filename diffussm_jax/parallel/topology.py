@@ -7,6 +7,7 @@ GPUs are "h100", or "h100:16" for several, in machines of eight.
 JAX compiles for a TPU with `libtpu` installed, and for a GPU with its CUDA plugin; neither needs the device.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -17,6 +18,8 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
+
+from diffussm_jax.parallel.mesh import make_mesh
 
 _GIB = 2**30
 _GPUS_A_HOST = 8
@@ -231,6 +234,15 @@ def compile_only_devices(machine: Machine) -> list[jax.Device]:
     return topology.devices
 
 
+def lowering_for(device: jax.Device) -> contextlib.AbstractContextManager:
+    """The context in which to trace and lower a program for one of `compile_only_devices`.
+
+    Pallas's backends ask for the kind of the GPU when they lower a kernel. Since JAX 0.11 they find it in the current
+    abstract mesh; without one they look for a GPU in this computer.
+    """
+    return jax.sharding.use_abstract_mesh(make_mesh(1, 1, 1, devices=[device]).abstract_mesh)
+
+
 def _cuda_devices(machine: Machine) -> list[jax.Device]:
     hosts, gpus = machine.shape
     try:
@@ -240,8 +252,8 @@ def _cuda_devices(machine: Machine) -> list[jax.Device]:
     except NotImplementedError as error:
         raise ValueError(
             "compiling for NVIDIA GPUs needs JAX's CUDA plugin: pip install -e '.[plan-gpu]' to compile only, or "
-            f"'.[cuda12]', with jax-cuda12-plugin of jax's version, {jax.__version__}; and JAX_PLATFORMS=cpu where "
-            "there is no GPU"
+            "'.[cuda12]' or '.[cuda13]'; the plugin must be of jax's version, "
+            f"{jax.__version__}; and JAX_PLATFORMS=cpu where there is no GPU"
         ) from error
     return topology.devices
 

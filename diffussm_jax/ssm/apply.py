@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.chunked import chunked
 from diffussm_jax.ssm.fft import fft
-from diffussm_jax.ssm.pallas_gpu import pallas_gpu
 from diffussm_jax.ssm.pallas_tpu import pallas_tpu
 from diffussm_jax.ssm.params import SSMParams
 from diffussm_jax.ssm.phases import from_phases, to_phases
@@ -29,7 +28,6 @@ from diffussm_jax.ssm.recurrent import associative, recurrent
 DEFAULT_METHOD = "auto"
 METHODS = ("auto", "recurrent", "associative", "fft", "chunked", "pallas")
 PLATFORMS = ("cpu", "gpu", "tpu")
-_PALLAS = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 _HALF_PRECISION = ("chunked", "pallas")  # methods that take bfloat16 as it is
 
 
@@ -70,9 +68,19 @@ def _function(method: str, platform: str) -> Callable:
         return _through_positions(functools.partial(fft, platform=platform))
     if method != "pallas":
         return _FUNCTIONS[method]
-    if platform not in _PALLAS:
-        raise ValueError(f"SSM method 'pallas' has a kernel for {' and '.join(_PALLAS)}, none for {platform}")
-    return _PALLAS[platform]
+    if platform == "cpu":
+        raise ValueError("SSM method 'pallas' has a kernel for tpu and gpu, none for cpu")
+    if platform == "tpu":
+        return pallas_tpu
+    # Only here: JAX has deprecated what this kernel is compiled by, and no other method needs it.
+    try:
+        from diffussm_jax.ssm.pallas_gpu import pallas_gpu
+    except ImportError as error:
+        raise ValueError(
+            f"SSM method 'pallas' needs Pallas's Triton backend on GPUs, which JAX {jax.__version__} does not have; "
+            "choose 'auto' or 'chunked'"
+        ) from error
+    return pallas_gpu
 
 
 def _check(directions: Sequence[SSMParams], u: jax.Array, dimensions: str) -> None:

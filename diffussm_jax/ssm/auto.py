@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("auto_table.csv")
 # Where nothing was measured. The TPU's kernel moves a tenth of the bytes of `chunked`, by the compiler's count. The
-# GPU's was compiled but never ran, and `chunked` needs nothing but matrix products.
+# GPU's was compiled but never ran, by a backend that JAX has deprecated; `chunked` needs nothing but matrix products.
 UNMEASURED = {"tpu": "pallas", "gpu": "chunked", "cpu": "fft"}
 
 

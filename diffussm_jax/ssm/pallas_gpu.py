@@ -40,6 +40,7 @@ H100 has no copy of U, Y or their gradients.
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -193,6 +194,19 @@ def _power_of_two(size: int) -> int:
     return max(_MIN_SIZE, 1 << (size - 1).bit_length())
 
 
+@functools.cache  # once in a process
+def _warn_of_triton() -> None:
+    if jax.__version_info__ < (0, 11):
+        return
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # JAX's own
+    warnings.warn(
+        "on GPUs the SSM method 'pallas' is compiled by Pallas's Triton backend, which JAX has deprecated and will "
+        "remove; the methods 'auto' and 'chunked' do not need it",
+        FutureWarning,
+        stacklevel=2,
+    )
+
+
 def pallas_gpu(
     directions: Sequence[SSMParams],
     u: jax.Array,
@@ -233,6 +247,8 @@ def pallas_gpu(
         max_rows = min(most, max(_MIN_SIZE, 64 * most // _power_of_two(N)))
     if max_rows not in _ROWS:
         raise ValueError(f"max_rows must be one of {', '.join(map(str, _ROWS))}, got {max_rows}")
+    if not interpret:
+        _warn_of_triton()
     chunk, (M, _, B, J) = CHUNK[u.dtype.name], u.shape
     if chunk % M:
         options = {"discretization": discretization, "reverse": reverse, "interpret": interpret, "max_rows": max_rows}

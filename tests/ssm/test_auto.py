@@ -1,8 +1,13 @@
 """The choice of a method from a table."""
 
-import pytest
+import sys
 
-from diffussm_jax.ssm import METHODS
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas
+
+from diffussm_jax.ssm import METHODS, init_s4d, ssm_apply, to_complex
 from diffussm_jax.ssm.auto import UNMEASURED, Measurement, fastest_method, read_table
 
 
@@ -62,3 +67,19 @@ def test_a_row_that_is_no_measurement_is_named(tmp_path):
         path.write_text(f"{','.join(Measurement._fields)}\n{line}\n")
         with pytest.raises(ValueError, match=f"table.csv, line 2, is no measurement: {line}"):
             read_table(path)
+
+
+def test_on_gpus_the_choice_needs_no_triton(monkeypatch):
+    """JAX has deprecated that part of Pallas, which only `pallas` is compiled by."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr(pallas, "triton", raising=False)
+    for module in ("pallas_gpu", "pallas_gpu_kernels"):
+        monkeypatch.delitem(sys.modules, f"diffussm_jax.ssm.{module}", raising=False)
+    params = to_complex(init_s4d(jax.random.key(0), 3, 8))
+
+    def output(method):
+        return jax.eval_shape(lambda u: ssm_apply(params, u, method=method, platform="gpu"), jnp.zeros((1, 70, 3)))
+
+    assert output("auto").shape == (1, 70, 3)
+    with pytest.raises(ValueError, match="needs Pallas's Triton backend.*choose 'auto' or 'chunked'"):
+        output("pallas")

@@ -7,6 +7,7 @@ not fill a block of sequences, and several blocks.
 import functools
 import importlib.util
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from ssm_problems import (
 )
 
 from diffussm_jax.ssm import init_s4d, ssm_apply_bidirectional, to_complex, to_phases
-from diffussm_jax.ssm.pallas_gpu import pallas_gpu
+from diffussm_jax.ssm.pallas_gpu import _warn_of_triton, pallas_gpu
 
 # The largest relative error of whole arrays. In bfloat16, outputs are rounded and so are some operands that lead to
 # them; what leads to the gradients of parameters is not.
@@ -85,6 +86,19 @@ def test_float32_products_are_of_full_precision():
     assert len(products) > 12 and all("precision=(Precision.HIGHEST, Precision.HIGHEST)" in x for x in products), (
         products
     )
+
+
+def test_the_deprecated_backend_is_announced_once():
+    p = problem(FORWARD, 3, 7, 3)
+    kernel = functools.partial(pallas_gpu, discretization="zoh", reverse=FORWARD)
+    _warn_of_triton.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for num_phases in (1, 2):
+            jax.make_jaxpr(kernel)(p.params, to_phases(p.u[:, :6], num_phases))
+    messages = [str(x.message) for x in caught if "Triton" in str(x.message)]
+    assert len(messages) == (1 if jax.__version_info__ >= (0, 11) else 0), messages
+    assert all("'auto' and 'chunked' do not need it" in message for message in messages)
 
 
 def _refused(params, u, message, **options):
