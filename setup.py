@@ -14,19 +14,20 @@ setup(
     packages=find_packages(include=["diffussm_jax", "diffussm_jax.*"]),
     package_data={"diffussm_jax.ssm": ["*.csv"]},
     python_requires=">=3.11",
+    # The parts of JAX's stack below the next minor version, which nobody has tested: oldest and newest, .ci/run.
     install_requires=[
         "absl-py",
         "array_record>=0.8",
         "clu>=0.0.12",
         "etils[epath]",
         "importlib_resources",  # which tensorflow-datasets imports and does not declare
-        "flax>=0.12",
-        "grain>=0.2.10",
-        "jax>=0.10",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.10,<0.3",
+        "jax>=0.10,<0.13",
         "ml-collections>=1.1",
-        "numpy>=2.0",
-        "optax>=0.2.8",
-        "orbax-checkpoint>=0.12",
+        "numpy>=2.0,<2.6",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
         "pillow",
         "safetensors",
         "scikit-learn",
@@ -47,12 +48,12 @@ setup(
         "lsun": ["lmdb"],
         # Preparing data sets by TFDS; reading them needs no TensorFlow.
         "prepare": ["tensorflow"],
-        # Compiling for machines that one does not have (`diffussm_jax.plan`): libtpu; and NVIDIA's compiler behind
-        # JAX's plugin, which must be of JAX's version.
+        # Compiling ahead of time (`diffussm_jax.plan`, `bench --aot`): libtpu; and JAX's CUDA plugin, for which JAX's
+        # extra takes JAX's own version, with NVIDIA's compiler and without the libraries that only a run needs.
         "plan": ["jax[tpu]"],
         "plan-gpu": [
-            *("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-runtime-cu12"),
-            *("nvidia-cuda-cupti-cu12", "nvidia-nvjitlink-cu12"),
+            "jax[cuda13-local]",
+            *("nvidia-cuda-nvcc>=13,<14", "nvidia-cuda-cupti>=13,<14", "nvidia-nvjitlink>=13,<14"),
         ],
         # The plot of `diffussm_jax.bench ssm --plot`.
         "bench": ["matplotlib"],

@@ -21,7 +21,7 @@ def get_config():
 
     config.model.width = 64
     config.model.depth = 4
-    config.model.state_size = 16
+    config.model.mixer.state_size = 16
     config.model.scan_unroll = 4
 
     config.diffusion.schedule = "cosine"

@@ -3,6 +3,8 @@
     from diffussm_jax import load_run
 
     images, labels = load_run("runs/digits").sample(100)
+
+The parts can be used by themselves: `diffussm_jax.ssm`, `.models`, `.diffusion`, `.autoencoder`, `.data`.
 """
 
 import importlib

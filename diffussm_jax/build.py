@@ -91,9 +91,7 @@ class Parts(DataParts):
     def learning_rate(self) -> optax.Schedule:
         o = self.config.optimizer
         num_steps = self.config.num_steps
-        return learning_rate_schedule(
-            o.learning_rate, warmup_steps=o.warmup_steps, decay=o.decay, num_steps=num_steps
-        )
+        return learning_rate_schedule(o.learning_rate, warmup_steps=o.warmup_steps, decay=o.decay, num_steps=num_steps)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -124,13 +122,18 @@ class Parts(DataParts):
         return registry.create("task", self.config.task.name, self.config.task, parts=self)
 
     @property
+    def trains_model(self) -> bool:
+        """Whether the task trains `model`, so that its parameters can be sampled from."""
+        return getattr(registry.component("task", self.config.task.name), "trains_model", False)
+
+    @property
     def hooks(self) -> list[HookFactory]:
         """The hooks under today's config keys, and those of `config.hooks`."""
         config = self.config
         hooks = [functools.partial(norms, learning_rate=self.learning_rate, every=config.log_every)]
         if config.eval_every and self.eval_loader:
             hooks.append(functools.partial(eval_loss, loader=self.eval_loader, every=config.eval_every))
-        if config.sample_every:
+        if config.sample_every and self.trains_model:
             hooks.append(
                 functools.partial(
                     sample_grid,

@@ -29,7 +29,6 @@ def build_experiment(config: ConfigDict) -> Experiment:
         checkpoint_every=config.checkpoint_every,
         keep_every=config.keep_every,
         best=Best(config.best_metric, config.best_mode),
-        multiply_adds=parts.model.costs(parts.input_shape).total,
         config=plain,
         check_config=lambda saved, where: check_same_experiment(saved, plain, where),
     )

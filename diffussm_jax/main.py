@@ -34,6 +34,8 @@ _WANDB_PROJECT = flags.DEFINE_string(
 def describe(config: ConfigDict) -> str:
     """One line on the config's model: its parameters, sequence, and multiply-adds, without building any array."""
     parts = Parts(config)
+    if not parts.trains_model:
+        return f"task {config.task.name}"
     H, W, C = parts.input_shape
     costs = parts.model.costs(parts.input_shape)
     line = (

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -67,9 +68,11 @@ class Option:
         """Raises ValueError, naming the option and the value, if the value is not allowed."""
         if self.choices and value not in self.choices.names:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(self.choices.names)}")
+        if self.type in (bool, str, tuple) and not isinstance(value, self.type):
+            raise ValueError(f"{name} must be a {self.type.__name__}, got {value!r}")
         if self.type is int and (not isinstance(value, int) or isinstance(value, bool)):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
-        if self.type is float and not isinstance(value, int | float):
+        if self.type is float and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise ValueError(f"{name} must be a number, got {value!r}")
         if not self.range:
             return
@@ -85,11 +88,18 @@ def _annotated_defaults(component) -> Iterable[tuple[str, Any, Any]]:
     if dataclasses.is_dataclass(component):
         for field in dataclasses.fields(component):
             if field.init and field.default is not dataclasses.MISSING:
-                yield field.name, field.type, field.default
+                yield field.name, _evaluated(field.type, component), field.default
         return
     for parameter in inspect.signature(component).parameters.values():
         if parameter.default is not inspect.Parameter.empty:
-            yield parameter.name, parameter.annotation, parameter.default
+            yield parameter.name, _evaluated(parameter.annotation, component), parameter.default
+
+
+def _evaluated(annotation, component):
+    """An annotation that is a string, as `from __future__ import annotations` makes them, as what it stands for."""
+    if not isinstance(annotation, str):
+        return annotation
+    return eval(annotation, vars(sys.modules[component.__module__]))
 
 
 def options_of(component) -> dict[str, Option]:

@@ -20,6 +20,7 @@ What a component of each kind is called with, beside its options, and what it mu
     source       path, split                  `data.sources.Source` of images, or records (`data.loader.Records`)
     hook         context                      `training.task.Hook`
 
+A task component that trains `parts.model` says so by an attribute `trains_model = True`; then the run can be sampled.
 Only those of the listed arguments are passed that the component accepts. Its options are described in `options`.
 """
 

@@ -4,6 +4,8 @@
 
     run = load_run("runs/digits")
     images, labels = run.sample(100, guidance_scale=1.5)
+
+Configs and checkpoints of older versions are read too.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Checks of a whole config before anything is built, and of a config against the one of the run that it resumes."""
 
+import copy
 import json
 from collections.abc import Mapping
 
@@ -39,19 +40,18 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     """Checks a whole config, in milliseconds; a mesh that splits parameters takes a second.
 
     Args:
-      config: in the form of `default_config()`.
+      config: in the form of `default_config()`; keys that are missing have their defaults.
       num_devices: how many devices there are.
 
     Raises:
-      ValueError: a key is missing or unknown, or a value is not allowed or does not fit another or the devices. The
+      ValueError: a key is unknown, or a value is not allowed or does not fit another or the devices. The
         message names the key, the value and what is allowed.
     """
     config_lib.import_modules(config)
+    config = config_lib.complete(copy.deepcopy(config))
     known, values = known_options(config), flatten(config)
     values = {key: value for key, value in values.items() if not isinstance(value, ConfigDict)}  # empty groups
     check_names((f"config.{key}" for key in values), [f"config.{key}" for key in known], "key")
-    if missing := sorted(known.keys() - values.keys()):
-        raise ValueError(f"the config lacks the keys {missing}; start from diffussm_jax.config.default_config()")
     for key, option in known.items():
         option.check(f"config.{key}", values[key])
     _check_combinations(config, num_devices)
@@ -153,5 +153,3 @@ def check_same_experiment(saved: dict, config: dict, where: str) -> None:
 def images_at_a_time(config: ConfigDict, mesh: Mapping[str, int]) -> int:
     """Images that a device computes together: its part of a microbatch."""
     return config.batch_size // (mesh["data"] * mesh["fsdp"] * config.optimizer.accumulation_steps)
-
-

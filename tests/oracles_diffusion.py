@@ -1,15 +1,18 @@
-"""What the diffusion process should compute, in NumPy float64, written from the papers and not from the package.
+"""What a diffusion process should compute, in NumPy float64, written from the papers and not from the package.
 
-DDPM is arXiv 2006.11239, Improved DDPM arXiv 2102.09672, DDIM arXiv 2010.02502. Where the papers leave a choice, it is
-that of ADM (arXiv 2105.05233) and DiT (arXiv 2212.09748): the posterior variance at t = 0 is replaced by that at t = 1,
-the normal distribution function is the tanh approximation, the VLB term is in bits per dimension and weighs 1.
+DDPM is arXiv 2006.11239, Improved DDPM arXiv 2102.09672, DDIM arXiv 2010.02502, rectified flow arXiv 2209.03003. Where
+the papers leave a choice, it is that of ADM (arXiv 2105.05233) and DiT (arXiv 2212.09748): the posterior variance at
+t = 0 is replaced by that at t = 1, the normal distribution function is the tanh approximation, the VLB term is in bits
+per dimension and has weight 1.
 
-A process is its vector of betas. Functions take one image of any shape and one time, an index into the betas; `by_row`
-maps them over a batch. The posterior comes from Bayes' rule and not from the papers' coefficients, so as to check them.
+DDPM's process is its vector of betas. A `Step` holds what a reverse step of any process needs. The posterior comes from
+Bayes' rule and not from the papers' coefficients, so that it checks them. Functions take a batch x [B, ...] with t [B],
+or one x with a scalar t.
 """
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,10 +22,15 @@ def float64(*arrays):
     return tuple(np.asarray(array, np.float64) for array in arrays)
 
 
-def by_row(function, *batches):
-    """function's values for each row of the batches, stacked (a tuple of stacks if it returns a tuple)."""
-    rows = [function(*row) for row in zip(*batches, strict=True)]
-    return tuple(map(np.stack, zip(*rows, strict=True))) if isinstance(rows[0], tuple) else np.stack(rows)
+def column(values, x):
+    """Values of t, [B] or scalar, shaped to broadcast against x."""
+    values = np.asarray(values, np.float64)
+    return values.reshape(values.shape + (1,) * (np.ndim(x) - values.ndim if values.ndim else 0))
+
+
+def mean_of_rows(values):
+    """The mean of each row of a batch [B, ...]."""
+    return values.reshape(len(values), -1).mean(1)
 
 
 # Schedules
@@ -45,9 +53,14 @@ def cosine_betas(num_steps):
     return np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(values)])
 
 
+def log_alpha_bar(betas, t):
+    """The logarithm of the product of 1 - beta up to and with t; 0 for t = -1."""
+    return np.append(0.0, np.cumsum(np.log1p(-betas)))[np.asarray(t) + 1]
+
+
 def alpha_bar(betas, t):
     """The product of 1 - beta up to and with t; 1 for t = -1."""
-    return math.exp(math.fsum(math.log1p(-beta) for beta in betas[: t + 1]))
+    return np.exp(log_alpha_bar(betas, t))
 
 
 def adm_timesteps(num_steps, num_kept):
@@ -57,53 +70,110 @@ def adm_timesteps(num_steps, num_kept):
 
 def respaced_betas(betas, kept):
     """Improved DDPM, section 4: beta = 1 - alpha_bar / (alpha_bar of the step kept before)."""
-    values = [1.0] + [alpha_bar(betas, t) for t in kept]
-    return np.array([1 - after / before for before, after in itertools.pairwise(values)])
+    values = np.append(1.0, alpha_bar(betas, kept))
+    return 1 - values[1:] / values[:-1]
 
 
 # The forward process and the reverse step
 
 
-def q_sample(betas, x_0, t, noise):
+class Step(NamedTuple):
+    """x_t = alpha x_0 + sigma noise, the same before it, and the variance beta of q(x_t | x_before)."""
+
+    alpha: np.ndarray
+    sigma: np.ndarray
+    alpha_before: np.ndarray
+    sigma_before: np.ndarray
+    beta: np.ndarray
+
+
+def ddpm_step(betas, t, before):
+    """From t to `before` < t, -1 for the data (DDPM, equation 4; Improved DDPM, section 4, for beta)."""
+    log_now, log_before = log_alpha_bar(betas, t), log_alpha_bar(betas, before)
+    sigma, sigma_before = np.sqrt(-np.expm1(log_now)), np.sqrt(-np.expm1(log_before))
+    return Step(np.exp(log_now / 2), sigma, np.exp(log_before / 2), sigma_before, -np.expm1(log_now - log_before))
+
+
+def flow_step(t, before):
+    """From t to `before` in rectified flow; beta makes up what the shrunk noise of `before` lacks."""
+    slope = (1 - t) / (1 - before)
+    return Step(1 - t, t, 1 - before, before, t**2 - (slope * before) ** 2)
+
+
+def q_sample(step, x_0, noise):
     """DDPM, equation 4."""
     x_0, noise = float64(x_0, noise)
-    return math.sqrt(alpha_bar(betas, t)) * x_0 + math.sqrt(1 - alpha_bar(betas, t)) * noise
+    return column(step.alpha, x_0) * x_0 + column(step.sigma, x_0) * noise
 
 
-def q_posterior(betas, x_0, x_t, t):
-    """Mean and variance of q(x_{t-1} | x_t, x_0): the prior q(x_{t-1} | x_0) times the likelihood q(x_t | x_{t-1})."""
+def q_posterior(step, x_0, x_t):
+    """Mean and variance of q(x_before | x_t, x_0): the prior q(x_before | x_0) times the likelihood q(x_t | x_before).
+
+    The precisions add; both are multiplied here by the two variances, one of which is 0 at t = 0.
+    """
     x_0, x_t = float64(x_0, x_t)
-    if t == 0:
-        return x_0, 0.0
-    prior_mean, prior_variance = math.sqrt(alpha_bar(betas, t - 1)) * x_0, 1 - alpha_bar(betas, t - 1)
-    slope = math.sqrt(1 - betas[t])
-    precision = 1 / prior_variance + slope**2 / betas[t]
-    return (prior_mean / prior_variance + slope * x_t / betas[t]) / precision, 1 / precision
+    alpha, _, alpha_before, sigma_before, beta = (column(values, x_0) for values in step)
+    slope, prior_mean, prior_variance = alpha / alpha_before, alpha_before * x_0, sigma_before**2
+    precisions = beta + slope**2 * prior_variance
+    return (beta * prior_mean + prior_variance * slope * x_t) / precisions, prior_variance * beta / precisions
+
+
+def posterior_variance(step):
+    """The variance alone."""
+    return q_posterior(step, np.zeros(np.shape(step.beta)), 0.0)[1]
 
 
 def variance_bounds(betas, t):
-    """The two ends of the learned range (Improved DDPM, section 3.1)."""
-    if len(betas) == 1:
-        return betas[0], betas[0]
-    _, lower = q_posterior(betas, 0.0, 0.0, max(t, 1))
-    return lower, betas[t]
+    """The two ends of the learned range for a step from t to t - 1 (Improved DDPM, section 3.1)."""
+    from_1 = np.maximum(t, 1)
+    return posterior_variance(ddpm_step(betas, from_1, from_1 - 1)), betas[t]
 
 
-def p_mean_variance(betas, output, x_t, t, clip_x_0=False):
-    """Mean and log variance of p(x_{t-1} | x_t), predicted x_0 and noise, of a model's output [..., 2C]."""
+# Targets: each is p x_0 + q noise
+
+
+TARGETS = {
+    "noise": lambda alpha, sigma: (0 * alpha, 0 * alpha + 1),
+    "x_0": lambda alpha, sigma: (0 * alpha + 1, 0 * alpha),
+    "v": lambda alpha, sigma: (-sigma, alpha),
+    "velocity": lambda alpha, sigma: (0 * alpha - 1, 0 * alpha + 1),
+}
+
+
+def target(name, step, x_0, noise):
+    """The value of a target."""
+    x_0, noise = float64(x_0, noise)
+    p, q = (column(values, x_0) for values in TARGETS[name](step.alpha, step.sigma))
+    return p * x_0 + q * noise
+
+
+def x_0_and_noise(name, step, value, x_t):
+    """The solution of x_t = alpha x_0 + sigma noise and value = p x_0 + q noise, by Cramer's rule."""
+    value, x_t = float64(value, x_t)
+    alpha, sigma = column(step.alpha, x_t), column(step.sigma, x_t)
+    p, q = (column(values, x_t) for values in TARGETS[name](step.alpha, step.sigma))
+    determinant = alpha * q - sigma * p
+    return (q * x_t - sigma * value) / determinant, (alpha * value - p * x_t) / determinant
+
+
+# The learned reverse step and the loss
+
+
+def p_mean_variance(step, bounds, output, x_t, *, target="noise", clip_x_0=False):
+    """Mean and log variance of p(x_before | x_t), predicted x_0 and noise, of a model's output [..., 2C].
+
+    `bounds` are those of the variance, which is learned between them.
+    """
     output, x_t = float64(output, x_t)
-    noise, raw = np.split(output, 2, -1)
-    signal_scale, noise_scale = math.sqrt(alpha_bar(betas, t)), math.sqrt(1 - alpha_bar(betas, t))
-    x_0 = (x_t - noise_scale * noise) / signal_scale
+    value, raw = np.split(output, 2, -1)
+    x_0, noise = x_0_and_noise(target, step, value, x_t)
     if clip_x_0:
         x_0 = np.minimum(np.maximum(x_0, -1), 1)
-    mean, _ = q_posterior(betas, x_0, x_t, t)
-    lower, upper = variance_bounds(betas, t)
+        noise = (x_t - column(step.alpha, x_t) * x_0) / column(step.sigma, x_t)
+    mean, _ = q_posterior(step, x_0, x_t)
+    lower, upper = (np.log(column(bound, x_t)) for bound in bounds)
     v = (raw + 1) / 2
-    return mean, v * math.log(upper) + (1 - v) * math.log(lower), x_0, (x_t - signal_scale * x_0) / noise_scale
-
-
-# The loss
+    return mean, v * upper + (1 - v) * lower, x_0, noise
 
 
 def approximate_normal_cdf(z):
@@ -130,60 +200,86 @@ def normal_kl(mean_q, variance_q, mean_p, variance_p):
     return (variance_q + (mean_q - mean_p) ** 2) / (2 * variance_p) + np.log(variance_p / variance_q) / 2 - 0.5
 
 
-def vlb_term(betas, output, x_0, x_t, t):
-    """The term of the variational bound at t (DDPM, equation 5), in bits per dimension."""
-    mean, log_variance, _, _ = p_mean_variance(betas, output, x_t, t)
-    if t == 0:
-        nats = -discretized_log_likelihood(x_0, mean, log_variance)
-    else:
-        nats = normal_kl(*q_posterior(betas, x_0, x_t, t), mean, np.exp(log_variance))
-    return np.mean(nats) / math.log(2)
+def vlb_elements(betas, output, x_0, x_t, t, *, target="noise"):
+    """The term of the variational bound at t [B] for each element (DDPM, equation 5), in bits; the loss is the mean."""
+    step = ddpm_step(betas, t, t - 1)
+    mean, log_variance, _, _ = p_mean_variance(step, variance_bounds(betas, t), output, x_t, target=target)
+    nll = -discretized_log_likelihood(x_0, mean, log_variance)
+    q_mean, q_variance = q_posterior(step, x_0, x_t)
+    is_first = column(t, x_0) == 0
+    kl = normal_kl(q_mean, np.where(is_first, 1, q_variance), mean, np.exp(log_variance))
+    return np.where(is_first, nll, kl) / math.log(2)
 
 
-def mse_term(output, noise):
-    """DDPM, equation 14."""
-    output, noise = float64(output, noise)
-    return np.mean((np.split(output, 2, -1)[0] - noise) ** 2)
+def mse_term(value, target):
+    """DDPM, equation 14, for each row."""
+    value, target = float64(value, target)
+    return mean_of_rows((value - target) ** 2)
 
 
 # Samplers
 
 
-def ddpm_update(betas, output, x_t, t, noise, clip_x_0=False):
-    """x_{t-1} of DDPM, algorithm 2, with the learned variance."""
-    mean, log_variance, _, _ = p_mean_variance(betas, output, x_t, t, clip_x_0)
-    return mean + np.exp(log_variance / 2) * noise if t > 0 else mean
+def ddim_deviation(step, eta):
+    """DDIM, equation 16, with 1 - alpha_bar_t / alpha_bar_{t-1} = beta."""
+    return eta * step.sigma_before / step.sigma * np.sqrt(step.beta)
 
 
-def ddim_sigma(betas, t, eta):
-    """DDIM, equation 16."""
-    now, before = alpha_bar(betas, t), alpha_bar(betas, t - 1)
-    return eta * math.sqrt((1 - before) / (1 - now)) * math.sqrt(1 - now / before)
+def ddim_update(step, x_0, predicted_noise, noise=0.0, eta=0.0):
+    """x_before of DDIM, equation 12."""
+    deviation = ddim_deviation(step, eta)
+    direction = math.sqrt(max(step.sigma_before**2 - deviation**2, 0))
+    return step.alpha_before * x_0 + direction * predicted_noise + deviation * noise
 
 
-def ddim_update(betas, output, x_t, t, noise, eta=0.0, clip_x_0=False):
-    """x_{t-1} of DDIM, equation 12."""
-    _, _, x_0, predicted_noise = p_mean_variance(betas, output, x_t, t, clip_x_0)
-    sigma, before = ddim_sigma(betas, t, eta), alpha_bar(betas, t - 1)
-    return math.sqrt(before) * x_0 + math.sqrt(max(1 - before - sigma**2, 0)) * predicted_noise + sigma * noise
+def heun_update(step, x_t, slope, slope_before):
+    """x_before by the trapezoid rule for the two slopes noise - x_0, in rectified flow's coordinates."""
+    total, total_before = step.alpha + step.sigma, step.alpha_before + step.sigma_before
+    width = step.sigma_before / total_before - step.sigma / total
+    return total_before * (x_t / total + width * (slope + slope_before) / 2)
 
 
 # A target N(mean, deviation^2), whose reverse process is known
 
 
-def marginal(betas, mean, deviation, t):
+def marginal(alpha, sigma, mean, deviation):
     """Mean and variance of q(x_t)."""
-    signal = alpha_bar(betas, t)
-    return math.sqrt(signal) * mean, signal * deviation**2 + 1 - signal
+    return alpha * mean, alpha**2 * deviation**2 + sigma**2
 
 
-def optimal_reverse_variance(betas, mean, deviation, t):
-    """The variance of q(x_{t-1} | x_t), with x_0 integrated out; t > 0."""
-    _, before = marginal(betas, mean, deviation, t - 1)
-    return 1 / (1 / before + (1 - betas[t]) / betas[t])
+def optimal_prediction(alpha, sigma, mean, deviation, x_t):
+    """E[x_0 | x_t] and E[noise | x_t]."""
+    center, variance = marginal(alpha, sigma, mean, deviation)
+    score = (center - x_t) / variance
+    return mean - alpha * deviation**2 * score, -sigma * score
 
 
-def probability_flow(betas, mean, deviation, x_T):
+def optimal_reverse_variance(step, mean, deviation):
+    """The variance of q(x_before | x_t), with x_0 integrated out; not at t = 0."""
+    _, before = marginal(step.alpha_before, step.sigma_before, mean, deviation)
+    return 1 / (1 / before + (step.alpha / step.alpha_before) ** 2 / step.beta)
+
+
+def probability_flow(alpha, sigma, mean, deviation, x_T):
     """x_0 of the probability-flow ODE from x_T: its flow keeps each point's standard score."""
-    mean_T, variance_T = marginal(betas, mean, deviation, len(betas) - 1)
-    return mean + deviation * (x_T - mean_T) / math.sqrt(variance_T)
+    center, variance = marginal(alpha, sigma, mean, deviation)
+    return mean + deviation * (x_T - center) / math.sqrt(variance)
+
+
+def moments_of_sampler(steps, mean, deviation, update, added):
+    """Mean and deviation of x_0 when x_T has the right marginal and each update is affine in x_t.
+
+    Args:
+      steps: the `Step`s, noisiest first.
+      mean: of the target.
+      deviation: of the target.
+      update: (step, x_0, noise, x_t) -> x_before without the added noise.
+      added: step -> deviation of the added noise.
+    """
+    center, variance = marginal(steps[0].alpha, steps[0].sigma, mean, deviation)
+    x_t = np.array([0.0, 1.0])
+    for step in steps:
+        offset, at_1 = update(step, *optimal_prediction(step.alpha, step.sigma, mean, deviation, x_t), x_t)
+        slope = at_1 - offset
+        center, variance = offset + slope * center, slope**2 * variance + added(step) ** 2
+    return center, math.sqrt(variance)

@@ -16,7 +16,7 @@ import pytest
 from etils.epath.backend import fsspec_backend
 from PIL import Image
 
-from diffussm_jax import precompute as program
+from diffussm_jax import precompute_job as program
 from diffussm_jax.data.latents import Latents, read_card, verify
 from diffussm_jax.data.sources import Digits, open_source
 from diffussm_jax.precompute import Job, draw_reconstructions, precompute

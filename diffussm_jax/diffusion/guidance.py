@@ -4,6 +4,8 @@
     conditional = lambda x_t, t: predict(x_t, t, condition)
     denoise = guided(both(predict, condition, null), conditional, scale=1.5)
     denoise = clipped(denoise, process)
+
+Samplers take the result.
 """
 
 import math

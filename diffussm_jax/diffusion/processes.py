@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffussm_jax.options import NOT_AN_OPTION, Range
+from diffussm_jax.options import Range
 
 
 class Reverse(NamedTuple):
@@ -153,7 +153,7 @@ def _row(table: np.ndarray, t):
 class RectifiedFlow(Process):
     """Straight paths from data at t = 0 to noise at t = 1 (arXiv 2209.03003); the model sees 1000 t."""
 
-    clean: Annotated[float, NOT_AN_OPTION] = 0.0
+    clean = 0.0
 
     def alpha(self, t):
         return 1 - t

@@ -9,6 +9,7 @@
 small.
 """
 
+import dataclasses
 from typing import Protocol
 
 import jax
@@ -28,12 +29,11 @@ class Target(Protocol):
     def make(self, process: Process, x_0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """The value that the model should output."""
 
-    def predict(
-        self, process: Process, output: jax.Array, x_t: jax.Array, t: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def predict(self, process: Process, output: jax.Array, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x_0 and noise from the model's output, such that x_t = alpha x_0 + sigma noise."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Noise:
     """The noise itself."""
 
@@ -47,6 +47,7 @@ class Noise:
         return (x_t - sigma * output) / alpha, output
 
 
+@dataclasses.dataclass(frozen=True)
 class X0:
     """The data."""
 
@@ -60,6 +61,7 @@ class X0:
         return output, (x_t - alpha * output) / sigma
 
 
+@dataclasses.dataclass(frozen=True)
 class V:
     """alpha noise - sigma x_0."""
 
@@ -75,6 +77,7 @@ class V:
         return (alpha * x_t - sigma * output) / total, (sigma * x_t + alpha * output) / total
 
 
+@dataclasses.dataclass(frozen=True)
 class Velocity:
     """noise - x_0: dx_t/dt of rectified flow."""
 

@@ -50,6 +50,9 @@ class Best(NamedTuple):
         return value if self.mode == "max" else -value
 
 
+EVAL_LOSS = Best()
+
+
 class Store:
     """Pytrees of arrays on disk, by step and item, with checksums.
 
@@ -197,7 +200,7 @@ class Checkpointer:
         *,
         config: dict | None = None,
         keep_every: int = 0,
-        best: Best = Best(),
+        best: Best = EVAL_LOSS,
         is_read_only: bool = False,
     ):
         self.directory = epath.Path(workdir).absolute() / DIRECTORY

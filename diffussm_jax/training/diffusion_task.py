@@ -80,6 +80,11 @@ class DiffusionTask:
         """The averaged parameters."""
         return state.ema_params
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of the model's linear layers, in one forward pass of one example."""
+        return self.model.costs(self.input_shape).total
+
     def _draw(self, batch: Batch, key: jax.Array, *, train: bool):
         """What is drawn for a whole batch: x_0, times, noise, and the condition, in training with some rows dropped."""
         t_key, noise_key, encode_key, drop_key = jax.random.split(key, 4)
@@ -162,3 +167,6 @@ def diffusion(parts) -> DiffusionTask:
         seed=parts.config.seed,
         mesh=parts.mesh,
     )
+
+
+diffusion.trains_model = True

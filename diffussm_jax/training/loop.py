@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diffussm_jax.data.loader import Batch, Loader, prefetch
 from diffussm_jax.io import write_whole
 from diffussm_jax.parallel.mesh import batch_to_devices
-from diffussm_jax.training.checkpoint import Best, Checkpointer
+from diffussm_jax.training.checkpoint import EVAL_LOSS, Best, Checkpointer
 from diffussm_jax.training.hooks import HookContext, HookFactory
 from diffussm_jax.training.metrics import MetricsLog
 from diffussm_jax.training.signals import stop_on_signal
@@ -44,7 +44,6 @@ class Experiment:
       checkpoint_every: interval of checkpoints.
       keep_every: checkpoints of multiples of it are kept for good; 0: none.
       best: the metric by which one checkpoint more is kept.
-      multiply_adds: of one forward pass of one example, for the MFU.
       config: plain values, kept in the work directory and in each checkpoint.
       check_config: (saved config, where it was saved) raises ValueError if it is another experiment's.
     """
@@ -56,8 +55,7 @@ class Experiment:
     log_every: int = 100
     checkpoint_every: int = 1000
     keep_every: int = 0
-    best: Best = Best()
-    multiply_adds: int = 0
+    best: Best = EVAL_LOSS
     config: dict = dataclasses.field(default_factory=dict)
     check_config: Callable[[dict, str], None] = lambda saved, where: None
 
@@ -185,7 +183,7 @@ class _Run:
         speed = speed_metrics(
             self._clock.lap(),
             batch_size=e.train_loader.batch_size,
-            multiply_adds=e.multiply_adds,
+            multiply_adds=self._task.multiply_adds,
             num_devices=self._task.mesh.size,
         )
         shown = {"loss": f"{metrics.get('loss', np.nan):.4f}"}
@@ -209,6 +207,4 @@ class _Run:
 
     def _save(self, state: Any, step: int, metrics: dict[str, float]) -> None:
         self._check_not_diverged(state, step)
-        self._checkpointer.save(
-            state, self._task.eval_params(state), metrics=metrics, window=self._window.to_json()
-        )
+        self._checkpointer.save(state, self._task.eval_params(state), metrics=metrics, window=self._window.to_json())

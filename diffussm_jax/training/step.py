@@ -77,7 +77,5 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     new = state.replace(params=params, opt_state=opt_state, **ema.update(state, params))
     kept = jax.tree.map(lambda new, old: jnp.where(is_taken, new, old), new, state)
-    state = kept.replace(
-        step=state.step + 1, skipped_in_a_row=jnp.where(is_taken, 0, state.skipped_in_a_row + 1)
-    )
+    state = kept.replace(step=state.step + 1, skipped_in_a_row=jnp.where(is_taken, 0, state.skipped_in_a_row + 1))
     return state, losses | {"grad_norm": grad_norm, "skipped": 1 - is_taken.astype(jnp.float32)}

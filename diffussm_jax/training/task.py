@@ -15,12 +15,14 @@ class Task(Protocol):
       max_skipped_steps: more skipped steps in a row end the run.
       abstract_state: shapes, dtypes and shardings of the state.
       batch_spec: likewise of a global batch.
+      multiply_adds: of one forward pass of one example, for the MFU; 0 if unknown.
     """
 
     mesh: Mesh
     max_skipped_steps: int
     abstract_state: Any
     batch_spec: dict[str, jax.ShapeDtypeStruct]
+    multiply_adds: int
 
     def create_state(self) -> Any:
         """The state before the first step."""

@@ -23,7 +23,7 @@ class Row(NamedTuple):
 class DDPM:
     """x_s ~ N(c_0 x_0 + c_t x_t, variance), with the learned variance if there is one, else the posterior's.
 
-    The last step returns the mean.
+    The last step returns the mean. Without a learned variance samples vary too little if there are few steps.
     """
 
     is_stochastic = True

@@ -5,7 +5,8 @@ With u = sigma / (alpha + sigma), the ODE of any Gaussian process is that of rec
     d/du [x / (alpha + sigma)] = noise - x_0,
 
 which is regular at both ends, also where alpha = 0. EDM integrates over sigma / alpha instead; the choice is ours.
-Euler's method in u is DDIM.
+Euler's method in u is DDIM. With a process of T steps the last step, from t = 0 to the data, has a fixed size, so that
+errors of second order are seen down to about 1e-4 for T = 1000.
 """
 
 import dataclasses

@@ -1,0 +1,371 @@
+"""Makes one split of a data set of latents; the work behind `diffussm_jax.precompute`.
+
+Shards are written one after the other, each as a whole or not at all, and what is known about a finished shard is kept
+beside it until the split is complete. So the same job, after a stop of any kind, goes on with the shards that are
+missing, and writes the same bytes.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets  # noqa: F401 - before threads run: it replaces `__import__` while it is imported
+from etils import epath
+from tqdm import tqdm
+
+from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, weights_hash
+from diffussm_jax.data import latents
+from diffussm_jax.data.images import BrokenImage
+from diffussm_jax.data.sources import Source
+from diffussm_jax.data.transforms import center_crop, image_grid, to_uint8, to_unit_range
+from diffussm_jax.io import write_whole
+from diffussm_jax.parallel.mesh import make_mesh, over_batch, replicated
+
+_NUM_VERIFIED_IMAGES = 8
+_IN_FLIGHT = 2  # batches on the devices while earlier ones are written
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one split is made of.
+
+    Attributes:
+      source: of the images.
+      out: folder of the data set.
+      split: to write.
+      image_size: in pixels.
+      vae_name: for the card.
+      vae: the autoencoder.
+      params: of it.
+      batch_size: images at a time; a batch never crosses a shard.
+      shard_size: images of a shard, those that turn out broken included.
+      max_bad_fraction: of all images.
+      num_threads: that decode.
+    """
+
+    source: Source
+    out: epath.PathLike
+    split: str
+    image_size: int
+    vae_name: str
+    vae: AutoencoderKL
+    params: dict
+    batch_size: int = 32
+    shard_size: int = 4096
+    max_bad_fraction: float = 0.01
+    num_threads: int = 8
+
+    @property
+    def folder(self) -> epath.Path:
+        return epath.Path(self.out)
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(len(self.source) / self.shard_size)
+
+    def shard_range(self, shard: int) -> range:
+        """The items of the source that a shard is made of."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.source)))
+
+    def settings(self) -> dict:
+        """All that decides the content of the shards, for the card."""
+        size = self.image_size // self.vae.downsampling
+        return {
+            "source": self.source.description,
+            "source_fingerprint": self.source.fingerprint(),
+            "num_images": len(self.source),
+            "class_names": [_text(name) for name in self.source.class_names],
+            "image_size": self.image_size,
+            "crop": "center",
+            "latent_shape": [size, size, self.vae.latent_channels],
+            "vae": {
+                "name": self.vae_name,
+                "sha256": weights_hash(self.params),
+                "encoder_sha256": encoder_hash(self.params),
+                "scaling_factor": self.vae.scaling_factor,
+                "dtype": jnp.dtype(self.vae.dtype).name,
+            },
+            "batch_size": self.batch_size,
+            "shard_size": self.shard_size,
+        }
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+    """What differs between settings. Of source and autoencoder the fingerprints count, not their names."""
+
+    def flat(settings):
+        named = {f"vae.{key}": value for key, value in settings.get("vae", {}).items() if key != "name"}
+        return named | {key: value for key, value in settings.items() if key not in ("source", "vae")}
+
+    before, now = flat(before), flat(now)
+    return [f"{key}: was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+
+
+class _Progress:
+    """What is known of a split that is being made: a file for its settings and one for each finished shard."""
+
+    def __init__(self, job: Job, settings: dict):
+        self._job, self._folder = job, job.folder / f"unfinished-{job.split}"
+        path = self._folder / "settings.json"
+        differing = _differences(json.loads(path.read_text()), settings) if path.exists() else []
+        if differing:
+            raise ValueError(
+                f"{job.folder} holds a begun split {job.split!r} of other settings; delete it or choose another "
+                "--out:\n  " + "\n  ".join(differing)
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(settings, indent=1))
+
+    def _path(self, shard: int) -> epath.Path:
+        return self._folder / f"{shard:05d}.json"
+
+    def read(self, shard: int) -> dict | None:
+        """What `finished` wrote, if the shard is there."""
+        if not self._path(shard).exists():
+            return None
+        note = json.loads(self._path(shard).read_text())
+        return note if latents.has_shard(self._job.folder, note["shard"]) else None
+
+    def finished(self, shard: int, about: dict, skipped: list[dict]) -> None:
+        """Notes a shard that is there under its name."""
+        write_whole(self._path(shard), json.dumps({"shard": about, "skipped": skipped}))
+
+    def delete(self) -> None:
+        """Ends it: the card says all of it."""
+        self._folder.rmtree()
+
+
+def make_encoder(job: Job) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
+    """Images [b, S, S, 3] uint8 to mean and log_std [b, 2, H, W, C] float16, of each image and its mirror image.
+
+    The batch is spread over the local devices.
+
+    Raises:
+      ValueError: the batch size is not a multiple of their number.
+    """
+    devices = jax.local_devices()
+    if job.batch_size % len(devices):
+        raise ValueError(f"--batch_size={job.batch_size} is not a multiple of the {len(devices)} local devices")
+    mesh = make_mesh(devices=devices)
+
+    def encode(params, images):
+        x = to_unit_range(images)
+        outputs = [job.vae.apply({"params": params}, mirrored, method="encode") for mirrored in (x, jnp.flip(x, 2))]
+        return tuple(jnp.stack(pair, 1).astype(jnp.float16) for pair in zip(*outputs, strict=True))
+
+    jitted = jax.jit(encode, in_shardings=(replicated(mesh), over_batch(mesh)), out_shardings=over_batch(mesh))
+    params = jax.device_put(job.params, replicated(mesh))
+
+    def encode_batch(images):
+        with jax.default_matmul_precision("float32"):  # TPUs and GPUs round products otherwise, and latents are kept
+            return jitted(params, jax.device_put(images, over_batch(mesh)))
+
+    return encode_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """One image, or why there is none."""
+
+    index: int
+    image: np.ndarray | None
+    label: int
+    key: str
+    reason: str
+
+
+def _text(name: str) -> str:
+    """A file's name as UTF-8 can hold it: bytes that are none are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _read(job: Job, index: int) -> _Item:
+    try:
+        image, label, key, _ = job.source[index]
+    except BrokenImage as error:
+        key, reason = error.args
+        return _Item(index, None, 0, _text(key), _text(str(reason)))
+    image = center_crop(image, job.image_size)
+    return _Item(index, image.repeat(3, -1) if image.shape[-1] == 1 else image, label, _text(key), "")
+
+
+def _items(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Item]]]:
+    """(shard, its next items, a batch of them) in order, and an empty list at the end of each shard; read by threads.
+
+    A batch holds `batch_size` images and those broken among them.
+    """
+    indices = [i for shard in shards for i in job.shard_range(shard)]
+    options = grain.ReadOptions(num_threads=job.num_threads, prefetch_buffer_size=4 * job.batch_size)
+    stream = iter(grain.MapDataset.source(indices).map(lambda i: _read(job, i)).to_iter_dataset(options))
+    for shard in shards:
+        batch: list[_Item] = []
+        for _ in job.shard_range(shard):
+            batch.append(next(stream))
+            if sum(item.image is not None for item in batch) == job.batch_size:
+                yield shard, batch
+                batch = []
+        if batch:
+            yield shard, batch
+        yield shard, []
+
+
+def _encoded(job: Job, encode, shards: list[int]) -> Iterator[tuple[int, list[_Item], tuple | None]]:
+    """`_items` with their latents, a few batches encoded ahead of the one that is taken."""
+    ahead: collections.deque = collections.deque()
+    for shard, batch in _items(job, shards):
+        images = [item.image for item in batch if item.image is not None]
+        encoded = None
+        if images:
+            padding = [np.zeros_like(images[0])] * (job.batch_size - len(images))  # one shape, one compilation
+            encoded = encode(np.stack(images + padding))
+        ahead.append((shard, batch, encoded))
+        if len(ahead) > _IN_FLIGHT:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def precompute(job: Job) -> dict:
+    """Makes a split of a data set of latents, or what is missing of it.
+
+    Returns:
+      Its card.
+
+    Raises:
+      ValueError: the folder holds this split with other settings, the image size is no multiple of the autoencoder's
+        downsampling, or more than `max_bad_fraction` of the images are broken. What is finished is kept.
+    """
+    if job.image_size % job.vae.downsampling:
+        raise ValueError(
+            f"--image_size={job.image_size} is not a multiple of the autoencoder's downsampling {job.vae.downsampling}"
+        )
+    latents.check_split_name(job.split)
+    settings = job.settings()
+    if (job.folder / latents.card_name(job.split)).exists():
+        return check_finished(job, settings)
+    latents.check_joins(job.folder, job.split, settings)
+    encode = make_encoder(job)
+    progress = _Progress(job, settings)
+    with _on_all_hosts():
+        ours = range(jax.process_index(), job.num_shards, jax.process_count())
+        missing = [shard for shard in ours if progress.read(shard) is None]
+        _write_shards(job, encode, progress, missing, settings)
+    with _on_all_hosts():
+        if jax.process_index() == 0:
+            _finish(job, progress, settings)
+    return latents.read_card(job.folder, job.split)
+
+
+def _finish(job: Job, progress: _Progress, settings: dict) -> None:
+    """Writes the card, when all hosts have written their shards."""
+    notes = [progress.read(shard) for shard in range(job.num_shards)]
+    lost = [shard for shard, note in enumerate(notes) if note is None]
+    if lost:
+        raise ValueError(f"shards {lost} are not in {job.folder}: do all hosts see the same folder?")
+    skipped = [item for note in notes for item in note["skipped"]]
+    _check_bad(job, skipped)
+    latents.write_card(job.folder, job.split, settings, [note["shard"] for note in notes], skipped)
+    progress.delete()
+
+
+@contextlib.contextmanager
+def _on_all_hosts():
+    """Waits at the end for all hosts to come there; where one failed, all fail, instead of waiting for it for ever."""
+    if jax.process_count() == 1:
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        error = e
+    have_failed = multihost_utils.process_allgather(np.array([error is not None])).ravel()
+    if error is not None:
+        raise error
+    if have_failed.any():
+        raise ValueError(f"host {have_failed.argmax()} failed, and says why; finished shards are kept")
+
+
+def check_finished(job: Job, settings: dict) -> dict:
+    """The card of a finished split; ValueError if it is of something else than the job's, however it was cut."""
+    card = latents.read_card(job.folder, job.split)
+    content = {key: value for key, value in settings.items() if key not in ("batch_size", "shard_size")}
+    differing = _differences(card, content)
+    if differing:
+        raise ValueError(
+            f"{job.folder} already holds split {job.split!r}, of other settings:\n  " + "\n  ".join(differing)
+        )
+    latents.check_shards(job.folder, card)
+    return card
+
+
+def _write_shards(job: Job, encode, progress: _Progress, shards: list[int], settings: dict) -> None:
+    """Makes shards, in order, and notes each when it is finished."""
+    todo = sum(len(job.shard_range(shard)) for shard in shards)
+    finished = [note for shard in range(job.num_shards) if (note := progress.read(shard))]
+    all_skipped, started = [item for note in finished for item in note["skipped"]], time.time()
+    writer, skipped = None, []
+    try:
+        with tqdm(total=todo, unit="image", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
+            for shard, batch, encoded in _encoded(job, encode, shards):
+                if writer is None:
+                    writer = latents.ShardWriter(
+                        job.folder, job.split, shard, job.num_shards, settings["latent_shape"], settings["class_names"]
+                    )
+                good = [item for item in batch if item.image is not None]
+                bad = [item for item in batch if item.image is None]
+                if good:
+                    for item, mean, log_std in zip(good, *map(np.asarray, encoded), strict=False):
+                        writer.write(mean, log_std, item.label, item.key)
+                bad = [{"index": item.index, "key": item.key, "reason": item.reason} for item in bad]
+                skipped += bad
+                all_skipped += bad
+                _check_bad(job, all_skipped)
+                bar.update(len(batch))
+                if not batch:
+                    progress.finished(shard, writer.finish(), skipped)
+                    writer, skipped = None, []
+                    _log(
+                        job.folder,
+                        f"{job.split}: shard {shard} finished, {bar.n / (time.time() - started):.1f} images/s",
+                    )
+    finally:
+        if writer is not None:
+            writer.discard()
+
+
+def _check_bad(job: Job, skipped: list[dict]) -> None:
+    if len(skipped) > job.max_bad_fraction * len(job.source):
+        raise ValueError(
+            f"{len(skipped)} broken images are more than max_bad_fraction = {job.max_bad_fraction} of "
+            f"{len(job.source)}; the last: {skipped[-1]['key']}: {skipped[-1]['reason']}. Finished shards are kept."
+        )
+
+
+def _log(out: epath.Path, line: str) -> None:
+    """Adds a line, with its time, to a log beside the data: nothing in the data depends on when it was made."""
+    path = out / f"precompute-{jax.process_index()}.log"
+    before = path.read_text() if path.exists() else ""
+    path.write_text(f"{before}{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def draw_reconstructions(job: Job) -> np.ndarray:
+    """Originals, and below each its latent decoded, of some images spread over a finished split: a picture, uint8."""
+    records = latents.Latents(job.folder, job.split)
+    skipped = [item["index"] for item in records.card["skipped"]]
+    kept = np.setdiff1d(np.arange(len(job.source)), skipped)
+    chosen = np.unique(np.linspace(0, len(records) - 1, _NUM_VERIFIED_IMAGES).astype(int))
+    originals = np.stack([_read(job, int(kept[i])).image for i in chosen])
+    means = np.stack([records[i]["mean"][0] for i in chosen]).astype(np.float32)
+    decode = jax.jit(lambda params, mean: job.vae.apply({"params": params}, mean, method="decode"))
+    decoded = np.concatenate([to_uint8(decode(job.params, mean[None])) for mean in means])
+    return image_grid(np.concatenate([originals, decoded]), len(chosen))
