@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from diffussm_jax import registry
 from diffussm_jax.build_data import DataParts
+from diffussm_jax.config import GUIDED_CHANNELS
 from diffussm_jax.diffusion import Objective
 from diffussm_jax.io import shapes_by_path
 from diffussm_jax.models import Backbone
@@ -22,7 +23,6 @@ from diffussm_jax.training.optimizer import adamw, learning_rate_schedule
 from diffussm_jax.training.posthoc_ema import SIGMAS
 from diffussm_jax.training.task import Task
 
-_GUIDED_CHANNELS = {"all": None, "first_three": 3}
 _MAX_GRID_COLUMNS = 10
 
 
@@ -81,7 +81,7 @@ class Parts(DataParts):
             mesh=self.mesh,
             clip_x_0=self.config.diffusion.clip_x_0,
             guidance_scale=sampling.guidance_scale,
-            num_guided_channels=_GUIDED_CHANNELS[sampling.guided_channels],
+            num_guided_channels=GUIDED_CHANNELS[sampling.guided_channels],
             guidance_interval=tuple(sampling.guidance_interval),
         )
 

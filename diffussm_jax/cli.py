@@ -1,6 +1,7 @@
 """What the command line programs share: how they start, and how they report what is wrong with their input."""
 
 import ctypes
+import difflib
 import glob
 import importlib.metadata
 import importlib.util
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from diffussm_jax import config as config_lib
 from diffussm_jax import migrations
+from diffussm_jax.options import flatten
 
 # The exit code of a program that was told by SIGTERM to leave, and saved: the same command goes on. (EX_TEMPFAIL of
 # <sysexits.h>.) The launch scripts start it again.
@@ -94,7 +96,13 @@ class _ConfigParser(flags.ArgumentParser):
             config_lib.import_modules(config)
         for key in sorted(filter(config_lib.is_choice, overrides), key=lambda key: key.count(".")):
             config_lib.choose(config, key, overrides[key])
-        return config_lib.complete(config).lock()
+        known = flatten(config_lib.complete(config))
+        for key in overrides:
+            if not any(name == key or name.startswith(f"{key}.") for name in known):
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f' Did you mean "{near[0]}"?' if near else ""
+                raise ValueError(f"there is no key config.{key}.{hint}")
+        return config.lock()
 
     def flag_type(self) -> str:
         return "config file"

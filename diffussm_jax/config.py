@@ -24,6 +24,9 @@ from diffussm_jax.models import DIFFUSSM_SIZES
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Range, options_of
 from diffussm_jax.training.optimizer import DECAYS
 
+# Channels that classifier-free guidance acts on, by the values of config.sampling.guided_channels.
+GUIDED_CHANNELS = {"all": None, "first_three": 3}
+
 
 @dataclasses.dataclass
 class Run:
@@ -95,7 +98,7 @@ class Sampling:
     sampler: str = "ddpm"
     num_steps: Annotated[int, Range(1)] = 250
     guidance_scale: Annotated[float, Range(0)] = 1.0  # 1: none
-    guided_channels: Annotated[str, Choices(("all", "first_three"))] = "all"
+    guided_channels: Annotated[str, Choices(GUIDED_CHANNELS)] = "all"
     guidance_interval: tuple = (0.0, math.inf)  # in t
     num_grid_rows: Annotated[int, Range(1)] = 8  # of the grid that training draws
 

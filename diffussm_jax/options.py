@@ -122,6 +122,20 @@ def options_of(component) -> dict[str, Option]:
     return options
 
 
+def check_options(component, values: Mapping[str, Any] | None = None, *, without: Iterable[str] = ()) -> None:
+    """Raises ValueError if an option of a component is not allowed.
+
+    Args:
+      component: a function or class; or an instance, whose own values are checked.
+      values: of the options, by name.
+      without: options that are not checked.
+    """
+    kind = component if values is not None else type(component)
+    for name, option in options_of(kind).items():
+        if not option.component and name not in without:
+            option.check(name, values[name] if values is not None else getattr(component, name))
+
+
 def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raises ValueError, with the nearest known name, if one of `names` is not among the known ones."""
     known = sorted(known)

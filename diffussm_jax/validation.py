@@ -89,6 +89,7 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
             f"config.sampling.num_steps = {sampling.num_steps} exceeds config.diffusion.num_steps = {process.num_steps}"
         )
     _explain("config.model", lambda: parts.model.check(parts.input_shape))
+    _explain("config.optimizer", lambda: parts.learning_rate)
     mesh = _explain("config.mesh", lambda: mesh_shape(**config.mesh.to_dict(), num_devices=num_devices))
     _check_mesh(config, parts, dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
 

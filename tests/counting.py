@@ -27,8 +27,9 @@ class Counting:
 
     max_skipped_steps = 10
 
-    def __init__(self, before_step: Callable[[int], None] = lambda step: None):
+    def __init__(self, before_step: Callable[[int], None] = lambda step: None, multiply_adds: int = 0):
         self.mesh = make_mesh(1)
+        self.multiply_adds = multiply_adds
         self._before_step = before_step
         self.abstract_state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh)), self.create_state()
@@ -57,7 +58,7 @@ class Numbers:
         return {"x": np.float32(np.sqrt(index))}
 
 
-def counting_experiment(before_step=lambda step: None, **options):
+def counting_experiment(*of_task, **options):
     """An experiment of 12 steps."""
     loader = Loader(Numbers(), BATCH_SIZE, seed=0)
-    return Experiment(**{"task": Counting(before_step), "train_loader": loader, "num_steps": 12} | options)
+    return Experiment(**{"task": Counting(*of_task), "train_loader": loader, "num_steps": 12} | options)

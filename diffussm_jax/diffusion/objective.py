@@ -69,7 +69,7 @@ class Objective:
     def __post_init__(self):
         name = type(self.process).__name__
         if self.has_learned_variance and self.process.num_steps is None:
-            raise ValueError(f"a learned variance needs a process in discrete time, got {name}")
+            raise ValueError(f"a learned variance (has_learned_variance) needs a process in discrete time, got {name}")
         if self.target.divides_by_alpha and self.process.alpha(self.process.times(1))[0] == 0:
             target = type(self.target).__name__
             raise ValueError(f"the target {target} divides by alpha, which is 0 at the last time of {name}")

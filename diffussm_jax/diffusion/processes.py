@@ -14,14 +14,13 @@ Everything that depends on a pair of times is computed on the host in float64. I
 import abc
 import dataclasses
 import functools
-import math
 from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffussm_jax.options import Range
+from diffussm_jax.options import Range, check_options
 
 
 class Reverse(NamedTuple):
@@ -182,9 +181,8 @@ def linear_schedule(num_steps: Annotated[int, Range(21, 100_000)] = 1000) -> Dis
     Raises:
       ValueError: too few steps.
     """
-    scale = 1000 / num_steps if num_steps >= 1 else math.inf
-    if 0.02 * scale >= 1:
-        raise ValueError(f"num_steps of a linear schedule must be more than 20, got {num_steps}")
+    check_options(linear_schedule, {"num_steps": num_steps})
+    scale = 1000 / num_steps
     return DiscreteProcess(np.linspace(1e-4 * scale, 2e-2 * scale, num_steps))
 
 
@@ -192,10 +190,9 @@ def cosine_schedule(num_steps: Annotated[int, Range(1, 100_000)] = 1000) -> Disc
     """alpha_bar(t) = cos^2(((t/T + 0.008) / 1.008) pi/2), betas at most 0.999 (Improved DDPM, equation 17).
 
     Raises:
-      ValueError: num_steps is below 1.
+      ValueError: num_steps is out of range.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    check_options(cosine_schedule, {"num_steps": num_steps})
     alpha_bar = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return DiscreteProcess(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999))
 

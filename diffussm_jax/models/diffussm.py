@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from diffussm_jax.layers import NUM_TIME_FEATURES, AdaLayerNorm, Linear, TimeEmbed, gelu, sincos_2d
 from diffussm_jax.models.backbone import Backbone, Condition, Costs
 from diffussm_jax.models.mixers import S4D, mix_phases
-from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range
+from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range, check_options
 from diffussm_jax.parallel.sharding import Rules, split_channels, whole_channels
 
 # XL is the paper's. It prints 786 for L's width and no depths for S and L: 768, 24 and 12 are ours.
@@ -137,17 +137,16 @@ class DiffuSSM(Backbone):
 
     def check(self, input_shape: tuple[int, int, int]) -> None:
         """Raises ValueError if the sizes do not divide as they must, or an option is unknown."""
+        check_options(self, without=("dtype",))  # which may be a dtype as well as its name
         H, W, _ = input_shape
         M = self.hourglass_ratio
-        if M < 1 or W % M or 2 * self.width % M:
+        if W % M or 2 * self.width % M:
             raise ValueError(
                 f"hourglass_ratio M = {M} must divide the width W = {W} of the latent (so that L = H W = {H * W} is a "
                 f"multiple of M) and 2 * width = {2 * self.width}"
             )
         if self.has_position_embedding and self.width % 4:
             raise ValueError(f"width must be a multiple of 4 for the position embedding, got {self.width}")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"unknown remat {self.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
         if hasattr(mixer := self.mixer(parent=None), "check"):
             mixer.check()
 

@@ -173,6 +173,21 @@ class Store:
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         return {item: restored[item] for item in like}
 
+    def restore_scalars(self, step: int, item: str, group: str) -> dict[str, float]:
+        """The scalars of a top-level group of an item, by name; empty if there is no such group."""
+        metadata = self._manager.item_metadata(step)[item]
+        names = getattr(metadata, "tree", metadata).get(group, {})
+        if not names:
+            return {}
+        tree = {group: {name: np.zeros(()) for name in names}}
+        arguments = ocp.args.PyTreeRestore(
+            tree,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree),
+            partial_restore=True,
+        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item][group]
+        return {name: float(value) for name, value in restored.items()}
+
     def about(self, step: int) -> dict:
         """What was written about a step."""
         return self._manager.restore(step, args=ocp.args.Composite(**{_ABOUT: ocp.args.JsonRestore()}))[_ABOUT]
@@ -310,7 +325,12 @@ class Checkpointer:
 
     def about(self, step: int) -> dict:
         """ "config", "versions" of libraries, "process_count" and "window" of the run that saved a checkpoint."""
-        return self._store.about(step)
+        about = self._store.about(step)
+        if "window" not in about:  # format 1
+            sums = self._store.restore_scalars(step, "train", "window")
+            counts = {"num_taken": int(sums.pop("count", 0)), "num_skipped": int(sums.pop("skipped", 0))}
+            about["window"] = {"sums": sums, **counts}
+        return about
 
     def close(self) -> None:
         """Waits until everything is on disk."""

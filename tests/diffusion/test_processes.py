@@ -77,7 +77,7 @@ def test_linear_schedule_refuses_too_few_steps(num_steps):
 
 @pytest.mark.parametrize("num_steps", [-1, 0])
 def test_cosine_schedule_refuses_no_steps(num_steps):
-    with pytest.raises(ValueError, match=f"num_steps must be at least 1, got {num_steps}$"):
+    with pytest.raises(ValueError, match=f"num_steps must be from 1 to 100000, got {num_steps}$"):
         cosine_schedule(num_steps)
 
 

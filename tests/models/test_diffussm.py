@@ -129,10 +129,7 @@ def test_what_the_backward_pass_computes_again_is_counted(remat):
     x_t, t, y = inputs(1, *shape)
     jaxpr = jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, x_t, t, y).sum()))(params)
     costs = model.costs(shape)
-    # No gradient with respect to x_t and the features of t, which are not parameters.
-    without_input = costs.multiply_adds["embed"] + 256 * model.width
-    expected = 3 * costs.total - without_input + costs.recomputed
-    assert count_dot_multiply_adds(jaxpr.jaxpr) == expected
+    assert count_dot_multiply_adds(jaxpr.jaxpr) == 3 * costs.total + costs.recomputed
 
 
 def gelu(x):

@@ -195,7 +195,7 @@ def batch_means(loader, num_steps):
 def test_mfu_counts_the_meshs_devices(now, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)  # of which the mesh has one
     monkeypatch.setattr(telemetry, "peak_flops", lambda kind: 200e12)
-    experiment = counting_experiment(slow_first_step(now), multiply_adds=10**11, log_every=6)
+    experiment = counting_experiment(slow_first_step(now), 10**11, log_every=6)
     assert train(experiment, tmp_path) is None
     found = float(rows(tmp_path, without=())[-1]["mfu"])
     assert found == pytest.approx(3 * 2 * 1e11 * BATCH_SIZE / 200e12)

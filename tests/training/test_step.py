@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import traceback
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+import diffussm_jax
 from diffussm_jax.build import Parts
 from diffussm_jax.data.transforms import to_unit_range
 from diffussm_jax.experiment import build_experiment
@@ -142,3 +145,22 @@ def test_bfloat16_keeps_the_state_in_float32():
     state, metrics = jax.eval_shape(task.train_step, task.abstract_state, task.batch_spec)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
     assert {leaf.dtype for leaf in metrics.values()} == {jnp.dtype("float32")}
+
+
+def test_a_batch_reaches_the_ssm_through_few_files(monkeypatch):
+    class Reached(Exception):
+        """It got there."""
+
+    def ssm_apply_phases(*args, **options):
+        raise Reached
+
+    task = make_task()
+    state = task.abstract_state  # tracing the initialisation goes through the model, too
+    monkeypatch.setattr("diffussm_jax.models.mixers.s4d.ssm_apply_phases", ssm_apply_phases)
+    with pytest.raises(Reached) as caught:
+        task.train_step.lower(state, task.batch_spec)
+    package = Path(diffussm_jax.__file__).parent
+    files = [Path(frame.filename) for frame in traceback.extract_tb(caught.value.__traceback__)]
+    passed = list(dict.fromkeys(f.relative_to(package).as_posix() for f in files if f.is_relative_to(package)))
+    assert passed[0] == "training/diffusion_task.py" and passed[-1] == "models/mixers/s4d.py"
+    assert len(passed) <= 9, passed

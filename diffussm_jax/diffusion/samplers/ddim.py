@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 
-from diffussm_jax.options import Range
+from diffussm_jax.options import Range, check_options
 
 
 class Row(NamedTuple):
@@ -32,8 +32,7 @@ class DDIM:
     eta: Annotated[float, Range(0, 1)] = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be from 0 to 1, got {self.eta}")
+        check_options(self)
 
     @property
     def is_stochastic(self) -> bool:

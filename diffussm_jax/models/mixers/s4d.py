@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 import flax.linen as nn
 import jax
 
-from diffussm_jax.options import CHANGEABLE_ON_RESUME, NOT_AN_OPTION, Choices, Range
+from diffussm_jax.options import CHANGEABLE_ON_RESUME, NOT_AN_OPTION, Choices, Range, check_options
 from diffussm_jax.parallel.sharding import Rules, over_channels
 from diffussm_jax.ssm import (
     DEFAULT_METHOD,
@@ -66,9 +66,8 @@ class S4D(nn.Module):
     sharding_rules: ClassVar[Rules] = ((r".", (("tensor", "fsdp"),)),)
 
     def check(self) -> None:
-        """Raises ValueError if the state size is odd, or there is no such scan."""
-        if self.scan not in SCANS:
-            raise ValueError(f"unknown scan {self.scan!r}; choose one of {', '.join(SCANS)}")
+        """Raises ValueError if an option is not allowed or the state size is odd."""
+        check_options(self)
         if self.state_size % 2:
             raise ValueError(f"state_size must be even, got {self.state_size}")
 
