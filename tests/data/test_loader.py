@@ -96,7 +96,7 @@ def test_an_error_in_a_record_reaches_the_reader():
 
 
 def test_draws_for_records_follow_from_their_place_and_are_not_those_of_the_order():
-    """Philox fills a short seed up with zeros: the order's [seed, epoch] is [seed, epoch, 0], a record's first place."""
+    """Philox fills a short seed up with zeros: [seed, epoch] of the order is [seed, epoch, 0], a first record."""
     seed, n, num_epochs = 5, 6, 3
 
     def augment(record, rng):
