@@ -15,8 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tiny import tiny_config
 
-from diffussm_jax.autoencoder import to_diffusers
 from diffussm_jax import load_run
+from diffussm_jax.autoencoder import to_diffusers
 from diffussm_jax.build import Parts
 from diffussm_jax.config import load_config
 from diffussm_jax.data.sources import ImageFolder

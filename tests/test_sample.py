@@ -143,15 +143,15 @@ def test_an_ending_in_out_is_not_doubled(tmp_path):
 
 
 def test_a_sample_reaches_the_model_through_few_files(tiny_run, monkeypatch):
-    class Reached(Exception):
+    class ReachedError(Exception):
         """It got there."""
 
     def check(self, input_shape):
-        raise Reached
+        raise ReachedError
 
     run = load_run(tiny_run)  # nothing is traced yet
     monkeypatch.setattr(DiffuSSM, "check", check)
-    with pytest.raises(Reached) as caught:
+    with pytest.raises(ReachedError) as caught:
         run.sample(1)
     package = Path(diffussm_jax.__file__).parent
     files = [Path(frame.filename) for frame in traceback.extract_tb(caught.value.__traceback__)]

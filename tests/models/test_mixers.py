@@ -105,7 +105,7 @@ def test_what_a_scan_by_columns_needs_is_named():
     u = jnp.zeros((B, H * W, D))
     with pytest.raises(ValueError, match=r'scan = "2d" needs grid = \(H, W\)'):
         S4D(scan="2d").init(jax.random.key(0), u)
-    with pytest.raises(ValueError, match="scan.*'3d'.*choose one of raster, 2d"):
+    with pytest.raises(ValueError, match="scan.*'3d'; choose one of raster, 2d"):
         S4D(scan="3d").init(jax.random.key(0), u)
 
 

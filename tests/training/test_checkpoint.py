@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from etils.epath.backend import fsspec_backend
 
-from diffussm_jax.training.checkpoint import Best, Checkpointer, Store
+from diffussm_jax.training.checkpoint import CHECKSUMS, Best, Checkpointer, Store
 from diffussm_jax.training.ema import EMA
 from diffussm_jax.training.optimizer import adamw
 from diffussm_jax.training.step import create_state
@@ -75,7 +75,8 @@ def test_without_any_metric_the_best_is_the_latest(tmp_path):
     with contextlib.closing(Checkpointer(tmp_path, keep_every=1)) as checkpointer:
         for step, metrics in enumerate([None, {"other": 1.0}, {"other": 2.0}, {"other": 0.5}], start=1):
             save(checkpointer, state_at(step), metrics=metrics)
-            assert checkpointer.resolve("best") == step
+    with contextlib.closing(Checkpointer(tmp_path, is_read_only=True)) as checkpointer:
+        assert checkpointer.resolve("best") == 4
 
 
 def test_what_is_worst_is_minus_infinity():
@@ -87,9 +88,11 @@ def test_what_is_worst_is_minus_infinity():
 def test_the_checkpoint_of_another_model_is_refused_with_both_lists(checkpointer):
     save(checkpointer, state_at(1))
     other = {"w": {"kernel": jnp.zeros(4)}, "v": {"bias": jnp.zeros(1)}}
-    with pytest.raises(ValueError, match=r"ema of .*/1 (.|\n)*missing: \['v/bias \(1,\)'\](.|\n)*w/kernel: \(3,\), not \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"ema of .*/1 (.|\n)*missing: \['v/bias \(1,\)'\](.|\n)*w/kernel: \(3,\), not \(4,\)"
+    ):
         checkpointer.restore_ema(1, other)
-    with pytest.raises(ValueError, match=r"unexpected: \[.*'params/w/kernel \(3,\)'"):
+    with pytest.raises(ValueError, match=r"unexpected: \['w/kernel \(3,\)'\]"):
         checkpointer.restore(1, state_of({"v": {"bias": jnp.zeros(1)}}))
 
 
@@ -110,6 +113,11 @@ def files_of(workdir, step):
     folder = workdir / "checkpoints" / str(step)
     added = {folder / "_CHECKPOINT_METADATA", folder / "commit_success.txt"}
     return sorted(p for p in folder.rglob("*") if p.is_file() and p not in added)
+
+
+def largest_file(workdir, step, item=""):
+    files = [f for f in files_of(workdir, step) if item in str(f) and f.name != CHECKSUMS]
+    return max(files, key=lambda p: p.stat().st_size)
 
 
 def test_every_file_is_under_checksums_and_any_flipped_byte_is_found(tmp_path):
@@ -133,7 +141,7 @@ def test_every_file_is_under_checksums_and_any_flipped_byte_is_found(tmp_path):
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, capsys):
     save_three(tmp_path)
-    largest = max(files_of(tmp_path, 3), key=lambda p: p.stat().st_size)
+    largest = largest_file(tmp_path, 3)
     flip_a_byte(largest)
     damaged = largest.read_bytes()
     with contextlib.closing(Checkpointer(tmp_path, config={"seed": 4})) as checkpointer:
@@ -149,7 +157,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
         assert checkpointer.about(3)["config"] == {"seed": 4}
         assert checkpointer.about(3)["versions"]["jax"] == jax.__version__
         assert checkpointer.about(2)["window"] == {"sums": {"loss": 2 / 3}} and checkpointer.about(3)["window"] == {}
-    flip_a_byte(max(files_of(tmp_path, 3), key=lambda p: p.stat().st_size))
+    flip_a_byte(largest_file(tmp_path, 3))
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
         assert checkpointer.newest_sound_step() == 2
     assert (tmp_path / "checkpoints_damaged" / "3.1").is_dir()
@@ -166,7 +174,7 @@ def test_in_a_bucket_damage_is_found_and_set_aside_file_by_file(tmp_path, monkey
     store = Store.__new__(Store)
     store.directory = bucket
     assert store.damage(3) == []
-    largest = max(files_of(tmp_path, 3), key=lambda p: p.stat().st_size)
+    largest = largest_file(tmp_path, 3)
     name = largest.relative_to(tmp_path / "checkpoints" / "3").as_posix()
     (bucket / "3" / name).write_bytes(b"?" + largest.read_bytes()[1:])
     assert len(store.damage(3)) == 1 and name in store.damage(3)[0]
@@ -177,7 +185,7 @@ def test_in_a_bucket_damage_is_found_and_set_aside_file_by_file(tmp_path, monkey
 
 def test_sampling_passes_over_a_damaged_checkpoint_and_moves_nothing(tmp_path, capsys):
     save_three(tmp_path)
-    flip_a_byte(max((f for f in files_of(tmp_path, 3) if "ema" in f.parts), key=lambda p: p.stat().st_size))
+    flip_a_byte(largest_file(tmp_path, 3, "/ema/"))
     with contextlib.closing(Checkpointer(tmp_path, is_read_only=True)) as checkpointer:
         assert checkpointer.resolve("latest") == 2
         assert "3 is damaged" in capsys.readouterr().out

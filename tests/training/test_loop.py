@@ -143,7 +143,7 @@ def now(monkeypatch):
     return now
 
 
-class Power(Exception):
+class PowerError(Exception):
     """It fails."""
 
 
@@ -153,7 +153,7 @@ def slow_first_step(now, fails_at=None):
 
     def before_step(step):
         if step == fails_at:
-            raise Power
+            raise PowerError
         now[0] += 1 if made else 100
         made.append(step)
 
@@ -175,12 +175,11 @@ def test_the_first_row_leaves_out_the_step_that_compiles(now, tmp_path):
 
 def test_the_first_row_after_a_resume_times_the_steps_since_then_and_averages_those_since_the_last_row(now, tmp_path):
     options = {"log_every": 7, "checkpoint_every": 3}
-    assert train(counting_experiment(**options), tmp_path / "whole") is None
-    with pytest.raises(Power):
+    assert train(counting_experiment(slow_first_step(now), **options), tmp_path / "whole") is None
+    with pytest.raises(PowerError):
         train(counting_experiment(slow_first_step(now, fails_at=5), **options), tmp_path)
-    assert rows(tmp_path) == [] if (tmp_path / "metrics.csv").exists() else True
-    resumed = slow_first_step(now)
-    assert train(counting_experiment(resumed, **options), tmp_path) is None  # from step 3
+    assert not (tmp_path / "metrics.csv").exists()
+    assert train(counting_experiment(slow_first_step(now), **options), tmp_path) is None  # from step 3
     assert speeds(tmp_path) == {s: ("1000.0", repr(float(BATCH_SIZE))) for s in ("7", "12")}
     assert rows(tmp_path) == rows(tmp_path / "whole")
     losses = [float(np.float32(x)) for x in batch_means(counting_experiment().train_loader, 12)]
@@ -250,7 +249,7 @@ def test_skipped_steps_are_counted_and_too_many_end_the_run(tmp_path):
         max_skipped_steps = 2
 
         def train_step(self, state, batch):
-            is_skipped = int(state.step) in (1, 5, 6, 7)
+            is_skipped = int(state.step) == 1 or int(state.step) >= 5
             state, metrics = super().train_step(state, batch)
             skipped = state.skipped_in_a_row + 1 if is_skipped else jax.numpy.int32(0)
             loss = jax.numpy.float32(np.nan) if is_skipped else metrics["loss"]
