@@ -1,5 +1,6 @@
 """Configs that run on images and on latents: what must fit does, and any number of processes reads the same."""
 
+import itertools
 import json
 import os
 import shutil
@@ -151,24 +152,28 @@ def test_the_encoder_must_be_the_one_that_made_the_latents(latents, small_vae, t
 PROCESS = """
 import json, sys
 import jax
-address, num_processes, index, first_step = sys.argv[1], *map(int, sys.argv[2:])
-if num_processes > 1:
-    jax.distributed.initialize(address, num_processes, index)
+address, index = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(address, 2, index)
+from test_build import RESUMED_AT, read_batches
 from tiny import tiny_config
 from diffussm_jax.build import Parts
 from diffussm_jax.parallel.mesh import batch_to_devices, local_rows, make_mesh
-import itertools
 mesh = make_mesh()
 loader = Parts(tiny_config(), mesh).train_loader
-batches = list(itertools.islice(loader.iterate(first_step), 100 - first_step))
-assert batch_to_devices(mesh, batches[0])["image"].shape == (8, 8, 8, 1)
-rows = local_rows(mesh, 8).tolist()
-print(json.dumps([rows, [[b["image"].astype(int).sum((1, 2, 3)).tolist(), b["label"].tolist()] for b in batches]]))
+assert batch_to_devices(mesh, loader.batch(0))["image"].shape == (8, 8, 8, 1)
+print(json.dumps([local_rows(mesh, 8).tolist(), *(read_batches(loader, first) for first in (0, RESUMED_AT))]))
 """
+RESUMED_AT = 37
 
 
-def _read_in_processes(num_processes, first_step=0):
-    """[100 - first_step, 2, 8]: what the given number of processes, two devices each, read of each row."""
+def read_batches(loader, first_step):
+    """[100 - first_step, 2, rows]: a sum of each image, and each label."""
+    batches = itertools.islice(loader.iterate(first_step), 100 - first_step)
+    return [[b["image"].astype(int).sum((1, 2, 3)).tolist(), b["label"].tolist()] for b in batches]
+
+
+def read_in_two_processes():
+    """What two processes, two devices each, read of each row: from the start, and from `RESUMED_AT` on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -176,25 +181,26 @@ def _read_in_processes(num_processes, first_step=0):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    command = [sys.executable, "-c", PROCESS, address, str(num_processes)]
+    command = [sys.executable, "-c", PROCESS, address]
     processes = [
-        subprocess.Popen([*command, str(i), str(first_step)], stdout=subprocess.PIPE, text=True, env=environment)
-        for i in range(num_processes)
+        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, env=environment) for i in range(2)
     ]
-    read = np.full((100 - first_step, 2, 8), -1)
+    read = np.full((100, 2, 8), -1), np.full((100 - RESUMED_AT, 2, 8), -1)
     for process in processes:
         out, _ = process.communicate(timeout=120)
-        rows, values = json.loads(out)
-        assert (read[..., rows] == -1).all()
-        read[..., rows] = values
+        rows, *values = json.loads(out)
+        for whole, part in zip(read, values, strict=True):
+            assert (whole[..., rows] == -1).all()
+            whole[..., rows] = part
     return read
 
 
 def test_the_first_100_batches_are_the_same_in_two_processes_and_after_a_resume():
-    alone = _read_in_processes(1)
-    assert (alone >= 0).all() and len(np.unique(alone.reshape(100, -1), axis=0)) == 100
-    np.testing.assert_array_equal(_read_in_processes(2), alone)
-    np.testing.assert_array_equal(_read_in_processes(2, first_step=37), alone[37:])
+    alone = np.array(read_batches(Parts(tiny_config()).train_loader, 0))
+    assert alone.shape == (100, 2, 8) and len(np.unique(alone.reshape(100, -1), axis=0)) == 100
+    in_two, resumed = read_in_two_processes()
+    np.testing.assert_array_equal(in_two, alone)
+    np.testing.assert_array_equal(resumed, alone[RESUMED_AT:])
 
 
 def test_labels_of_two_splits_must_agree(images, tmp_path):
