@@ -59,6 +59,8 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
     sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
     if flag_values is not flags.FLAGS:
         flags.FLAGS.append_flag_values(flag_values)
+        if "config" in flag_values and isinstance(flag_values["config"].parser, _ConfigParser):
+            flag_values["config"].flag_values = flags.FLAGS  # its overrides are defined where they are parsed
     app.run(start)
 
 
@@ -68,9 +70,7 @@ _OVERRIDE = re.compile(r"--?config\.(?P<key>[\w.]+)(?:=(?P<value>.*))?$", re.DOT
 def _renamed(argument: str) -> str:
     """An override of a config key under today's name, should it have had another one."""
     match = _OVERRIDE.match(argument)
-    if match and match["key"] in migrations.MOVED:
-        return argument.replace(match["key"], migrations.MOVED[match["key"]], 1)
-    return argument
+    return argument.replace(match["key"], migrations.today(match["key"]), 1) if match else argument
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -88,13 +88,7 @@ class _ConfigParser(flags.ArgumentParser):
     syntactic_help = "A file of configs/, such as configs/digits.py."
 
     def parse(self, argument: str) -> ConfigDict:
-        config, overrides = config_lib.load_config(argument), _overrides(sys.argv[1:])
-        if "imports" in overrides:
-            config.imports = tuple(re.findall(r"[\w.]+", overrides["imports"]))
-            config_lib.import_modules(config)
-        for key in sorted(filter(config_lib.is_choice, overrides), key=lambda key: key.count(".")):
-            config_lib.choose(config, key, overrides[key])
-        return config_lib.complete(config).lock()
+        return config_lib.make_choices(config_lib.load_config(argument), _overrides(sys.argv[1:])).lock()
 
     def flag_type(self) -> str:
         return "config file"

@@ -13,7 +13,7 @@ import pytest
 from tiny import tiny_config
 
 from diffussm_jax.autoencoder import AutoencoderKL, init_params, to_diffusers
-from diffussm_jax.build import build_experiment
+from diffussm_jax.experiment import build_experiment
 from diffussm_jax.training.loop import train
 
 
