@@ -233,5 +233,5 @@ class DiffuSSM(Backbone):
         method, of_mixer = "", None
         if hasattr(mixer, "costs"):
             method, of_mixer = mixer.costs(L, D, jnp.dtype(self.dtype).name, num_images)
-        of_mixers = None if of_mixer is None else self.depth * of_mixer
+        of_mixers = None if of_mixer is None else round(self.depth * of_mixer)
         return Costs(self.count_parameters(input_shape), multiply_adds, recomputed, of_mixers, method)

@@ -121,3 +121,35 @@ def test_the_command_measures_a_file_of_configs(tmp_path):
     with open(tmp_path / "sample.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["num_steps"] == "2" and float(row["images_per_second"]) > 0
+
+
+def test_without_a_mixer_that_goes_along_positions():
+    """It has no method for phases; each of its outputs becomes its input too."""
+    import functools
+
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from diffussm_jax.models.diffussm import Block
+    from diffussm_jax.models.mixers import mix_phases
+
+    class Sine(nn.Module):
+        bidirectional: bool = False
+
+        def __call__(self, u, grid=None):
+            return jnp.sin(u)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, u):
+            return mix_phases(Sine(name="ssm"), u, (2, 4))
+
+    u = jax.random.normal(jax.random.key(0), (2, 3, 1, 4))  # [M, D, B, J]
+    with nn.intercept_methods(block._without_ssm):
+        assert (Outer().apply({}, u)[:, 0] == u).all()
+    module = Block(2, functools.partial(Sine), (2, 4), jnp.float32)
+    x, c = jnp.ones((1, 4, 8)), jnp.ones((1, 8))
+    forward_pass, _ = block._functions(module, has_ssm=False)
+    params = jax.eval_shape(module.init, jax.random.key(0), x, c)["params"]
+    assert jax.eval_shape(forward_pass, params, x, c).shape == x.shape

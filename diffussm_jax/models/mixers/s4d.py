@@ -112,7 +112,7 @@ class S4D(nn.Module):
             scans.append([direction(f"column_{name}") for name in names])
         return over_channels(apply, scans, u)
 
-    def costs(self, length: int, width: int, dtype: str, num_images: int = 1) -> tuple[str, int | None]:
+    def costs(self, length: int, width: int, dtype: str, num_images: int = 1) -> tuple[str, float | None]:
         """The method that computes a sequence, "auto" resolved, and its multiply-adds; None if they are not counted.
 
         Args:
@@ -127,7 +127,7 @@ class S4D(nn.Module):
             method = fastest_method(platform, dtype, length, width, self.state_size)
         num_directions, num_scans = 2 if self.bidirectional else 1, 2 if self.scan == "2d" else 1
         of_channel = multiply_adds(method, platform, length, self.state_size, num_directions, num_sequences=num_images)
-        return method, None if of_channel is None else round(num_scans * width * of_channel)
+        return method, None if of_channel is None else num_scans * width * of_channel
 
 
 def _transpose(u: jax.Array, height: int, width: int) -> jax.Array:
