@@ -1,7 +1,6 @@
 """What the command line programs share: how they start, and how they report what is wrong with their input."""
 
 import ctypes
-import difflib
 import glob
 import importlib.metadata
 import importlib.util
@@ -61,6 +60,8 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
     sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
     if flag_values is not flags.FLAGS:
         flags.FLAGS.append_flag_values(flag_values)
+        if "config" in flag_values and isinstance(flag_values["config"].parser, _ConfigParser):
+            flag_values["config"].flag_values = flags.FLAGS  # its overrides are defined where they are parsed
     app.run(start)
 
 
@@ -70,9 +71,7 @@ _OVERRIDE = re.compile(r"--?config\.(?P<key>[\w.]+)(?:=(?P<value>.*))?$", re.DOT
 def _renamed(argument: str) -> str:
     """An override of a config key under today's name, should it have had another one."""
     match = _OVERRIDE.match(argument)
-    if match and match["key"] in migrations.MOVED:
-        return argument.replace(match["key"], migrations.MOVED[match["key"]], 1)
-    return argument
+    return argument.replace(match["key"], migrations.today(match["key"]), 1) if match else argument
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -90,18 +89,9 @@ class _ConfigParser(flags.ArgumentParser):
     syntactic_help = "A file of configs/, such as configs/digits.py."
 
     def parse(self, argument: str) -> ConfigDict:
-        config, overrides = config_lib.load_config(argument), _overrides(sys.argv[1:])
-        if "imports" in overrides:
-            config.imports = tuple(re.findall(r"[\w.]+", overrides["imports"]))
-            config_lib.import_modules(config)
-        for key in sorted(filter(config_lib.is_choice, overrides), key=lambda key: key.count(".")):
-            config_lib.choose(config, key, overrides[key])
-        known = flatten(config_lib.complete(config))
-        for key in overrides:
-            if not any(name == key or name.startswith(f"{key}.") for name in known):
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f' Did you mean "{near[0]}"?' if near else ""
-                raise ValueError(f"there is no key config.{key}.{hint}")
+        overrides = _overrides(sys.argv[1:])
+        config = config_lib.make_choices(config_lib.load_config(argument), overrides)
+        config_lib.check_keys(overrides, flatten(config))
         return config.lock()
 
     def flag_type(self) -> str:

@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffussm_jax.layers import NUM_TIME_FEATURES, AdaLayerNorm, Linear, TimeEmbed, gelu, sincos_2d
 from diffussm_jax.models.backbone import Backbone, Condition, Costs
-from diffussm_jax.models.mixers import S4D, mix_phases
+from diffussm_jax.models.mixers import S4D, mix_phases, num_outputs
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range, check_options
 from diffussm_jax.parallel.sharding import Rules, split_channels, whole_channels
 
@@ -40,7 +40,8 @@ DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
         "XL": {"width": 1152, "depth": 29},
     }
 )
-# Activations of a block that are saved for the backward pass, beside its input; the others are computed again.
+# Activations of a block that are saved for the backward pass, beside its input; the others are computed again. Each
+# policy saves less than the one before it.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("dense"),
@@ -207,15 +208,14 @@ class DiffuSSM(Backbone):
     def costs(self, input_shape: tuple[int, int, int], num_images: int = 1) -> Costs:
         """Multiply-adds as the paper and DiT count them: 13 D^2 for each of J tokens and D^2 for each of L positions.
 
-        They are those of a bidirectional mixer, R = 2; with R = 1 W_down has half as many.
+        These are of a mixer with R = 2 outputs for each channel; with R = 1 W_down has half as many.
         """
         H, W, C = input_shape
         D, M, L = self.width, self.hourglass_ratio, H * W
         J = L // M
         mixer = self.mixer(parent=None)
-        num_directions = 2 if getattr(mixer, "bidirectional", True) else 1
         per_token = {"W0": D * D, "W1": 2 * D * D, "W2": 4 * D * D, "W3": 2 * D * D}
-        per_token["W_down"] = num_directions * 2 * D * D
+        per_token["W_down"] = num_outputs(mixer) * 2 * D * D
         blocks = {name: self.depth * J * count for name, count in per_token.items()}
         blocks["W_up"] = self.depth * L * D * D
         modulation = self.depth * 2 * D * D
@@ -229,10 +229,8 @@ class DiffuSSM(Backbone):
         # The backward pass does not need the output of W3.
         in_block = sum(blocks.values()) - blocks["W3"]
         recomputed = {"none": 0, "dots": modulation, "block": modulation + in_block}[self.remat]
-        of_mixer = mixer.costs(L, D, jnp.dtype(self.dtype).name, num_images) if hasattr(mixer, "costs") else None
-        return Costs(
-            self.count_parameters(input_shape),
-            multiply_adds,
-            recomputed,
-            None if of_mixer is None else self.depth * of_mixer,
-        )
+        method, of_mixer = "", None
+        if hasattr(mixer, "costs"):
+            method, of_mixer = mixer.costs(L, D, jnp.dtype(self.dtype).name, num_images)
+        of_mixers = None if of_mixer is None else round(self.depth * of_mixer)
+        return Costs(self.count_parameters(input_shape), multiply_adds, recomputed, of_mixers, method)

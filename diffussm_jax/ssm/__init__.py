@@ -16,6 +16,7 @@ states and sums are float32 (complex64), whatever the dtype of the input.
 """
 
 from diffussm_jax.ssm.apply import DEFAULT_METHOD, METHODS, ssm_apply, ssm_apply_bidirectional, ssm_apply_phases
+from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.costs import multiply_adds
 from diffussm_jax.ssm.discretize import DISCRETIZATIONS, bilinear, zoh
 from diffussm_jax.ssm.hippo import dplr_legs, s4d_inv, s4d_legs, s4d_lin
@@ -33,6 +34,7 @@ __all__ = [
     "bilinear",
     "diagonal_kernel",
     "dplr_legs",
+    "fastest_method",
     "from_phases",
     "init_s4d",
     "initial_state",

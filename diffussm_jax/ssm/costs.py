@@ -2,35 +2,24 @@
 
 import math
 
-from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.chunked import chunk_size
 from diffussm_jax.ssm.fft import transform_length
 
 
 def multiply_adds(
-    method: str,
-    platform: str,
-    dtype: str,
-    L: int,
-    D: int,
-    N: int,
-    num_directions: int = 2,
-    *,
-    num_sequences: int = 1,
+    method: str, platform: str, L: int, N: int, num_directions: int = 2, *, num_sequences: int = 1
 ) -> float | None:
     """Multiply-adds of one channel of one sequence in the forward pass, for all directions together.
 
     "chunked": the matrix products inside chunks and between them, those of both directions as one product with zeros
     between. "fft": transforms of n real points at 5/4 n log2 n, one of the input and one back for each direction, and
-    the products of their spectra at 3 a complex one. Kernels and operators, made once for a whole batch, are not
-    counted.
+    the products of their spectra at 3 for each complex product. Kernels and operators are made once for a whole batch
+    and not counted.
 
     Args:
-      method: of `ssm.METHODS`; "auto" is resolved as `ssm_apply` does.
+      method: of `ssm.METHODS` but "auto", which `fastest_method` resolves.
       platform: "cpu", "gpu" or "tpu".
-      dtype: of the input, by name.
       L: positions.
-      D: channels.
       N: state size.
       num_directions: R.
       num_sequences: that a device computes together; decides on the size of chunks.
@@ -39,8 +28,6 @@ def multiply_adds(
       The count; None for methods that are not counted.
     """
     R = num_directions
-    if method == "auto":
-        method = fastest_method(platform, dtype, L, D, N)
     if method == "chunked":
         c = min(L, chunk_size(num_sequences * L))
         K = math.ceil(L / c)
