@@ -220,7 +220,7 @@ class Checkpointer:
         """The steps of all checkpoints, ascending."""
         return self._store.steps()
 
-    def newest_sound_step(self) -> int | None:
+    def latest_valid_step(self) -> int | None:
         """The newest checkpoint whose files are what was saved, or None. Newer ones are set aside, and reported.
 
         On several hosts the first one looks, and all use what it found.

@@ -27,7 +27,7 @@ def checkpointer(tmp_path):
 
 
 def test_restores_every_bit(checkpointer):
-    assert checkpointer.newest_sound_step() is None
+    assert checkpointer.latest_valid_step() is None
     state = state_at(7).replace(ema_params={"w": {"kernel": jnp.float32([0.1, np.pi, 1e-30])}})
     checkpointer.save(state)
     restored = checkpointer.restore(7, state_at(0))
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     flip_a_byte(largest)
     damaged = largest.read_bytes()
     with contextlib.closing(Checkpointer(tmp_path, config={"seed": 4})) as checkpointer:
-        assert checkpointer.newest_sound_step() == 2
+        assert checkpointer.latest_valid_step() == 2
         np.testing.assert_array_equal(checkpointer.restore(2, state_at(0)).params["w"]["kernel"], 2.0)
         said = capsys.readouterr().out
         assert "checkpoint of step 3 is damaged" in said and largest.name in said
@@ -110,12 +110,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     aside = tmp_path / "checkpoints_damaged" / "3"
     assert (aside / largest.relative_to(tmp_path / "checkpoints" / "3")).read_bytes() == damaged
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
-        assert checkpointer.newest_sound_step() == 3
+        assert checkpointer.latest_valid_step() == 3
         assert checkpointer.about(3)["config"] == {"seed": 4}
         assert checkpointer.about(3)["versions"]["jax"] == jax.__version__
     flip_a_byte(max(files_of(tmp_path, 3), key=lambda p: p.stat().st_size))
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
-        assert checkpointer.newest_sound_step() == 2
+        assert checkpointer.latest_valid_step() == 2
     assert (tmp_path / "checkpoints_damaged" / "3.1").is_dir()
 
 
@@ -159,10 +159,10 @@ def test_a_save_that_ended_before_its_checksums_does_not_count(tmp_path, monkeyp
         checkpointer.close()
     monkeypatch.undo()
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
-        assert checkpointer.newest_sound_step() == 3
+        assert checkpointer.latest_valid_step() == 3
         checkpointer.save(state_at(4))
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
-        assert checkpointer.newest_sound_step() == 4
+        assert checkpointer.latest_valid_step() == 4
 
 
 def test_multiples_are_kept_for_good(tmp_path):
