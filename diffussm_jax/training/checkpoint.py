@@ -130,7 +130,7 @@ class Store:
                 wrong.append(f"{name}: SHA-256 is {found}, was {expected}")
         return wrong
 
-    def set_aside(self, step: int) -> epath.Path:
+    def quarantine(self, step: int) -> epath.Path:
         """Moves a step's folder out of the way, and returns where to; nothing of it is lost."""
         folder, aside = self.directory / str(step), self.directory.parent / f"{self.directory.name}_damaged"
         names = itertools.chain([str(step)], (f"{step}.{number}" for number in itertools.count(1)))
@@ -232,7 +232,7 @@ class Checkpointer:
                 if not wrong:
                     found = step
                     break
-                aside = self._store.set_aside(step)
+                aside = self._store.quarantine(step)
                 report = (
                     f"The checkpoint of step {step} is damaged, and was moved to {aside}; the one before it is used."
                 )

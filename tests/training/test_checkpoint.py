@@ -134,7 +134,7 @@ def test_in_a_bucket_damage_is_found_and_set_aside_file_by_file(tmp_path, monkey
     name = largest.relative_to(tmp_path / "checkpoints" / "3").as_posix()
     (bucket / "3" / name).write_bytes(b"?" + largest.read_bytes()[1:])
     assert len(store.damage(3)) == 1 and name in store.damage(3)[0]
-    aside = store.set_aside(3)
+    aside = store.quarantine(3)
     assert (aside / name).read_bytes()[:1] == b"?" and not (bucket / "3").exists()
     assert aside == epath.Path("gs://bucket/checkpoint_test/checkpoints_damaged/3")
 
