@@ -114,7 +114,7 @@ class Store:
         sums = {name: file_sha256(folder / name) for name in files_below(folder) if name not in _WITHOUT_CHECKSUM}
         (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
-    def damage(self, step: int, items: tuple[str, ...] | None = None) -> list[str]:
+    def find_corruption(self, step: int, items: tuple[str, ...] | None = None) -> list[str]:
         """What is wrong with the files of a step (or of some of its items), a line for each; empty if all is well."""
         folder = self.directory / str(step)
         try:
@@ -228,7 +228,7 @@ class Checkpointer:
         found = -1
         if jax.process_index() == 0:
             for step in reversed(self._store.steps()):
-                wrong = self._store.damage(step)
+                wrong = self._store.find_corruption(step)
                 if not wrong:
                     found = step
                     break
@@ -263,7 +263,7 @@ class Checkpointer:
             raise ValueError(f"no checkpoint {which!r} in {self.directory}; choose latest, best or one of {steps}")
         reports = []
         for step in candidates:
-            wrong = self._store.damage(step, ("ema",))
+            wrong = self._store.find_corruption(step, ("ema",))
             if not wrong:
                 return step
             reports.append(f"the checkpoint {self.directory / str(step)} is damaged: " + "; ".join(wrong))
