@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffussm_jax.layers.linear import Linear
-from diffussm_jax.parallel.sharding import whole_channels
+from diffussm_jax.parallel.sharding import replicate_channels
 
 NUM_TIME_FEATURES = 256
 
@@ -66,4 +66,4 @@ class TimeEmbed(nn.Module):
         options = {"dtype": self.dtype, "kernel_init": nn.initializers.normal(0.02), "is_gathered": True}
         hidden = Linear("bf,fd->bd", (NUM_TIME_FEATURES, D), **options, name="hidden")
         out = Linear("bd,de->be", (D, D), **options, name="out")
-        return whole_channels(out(nn.silu(whole_channels(hidden(features)))))
+        return replicate_channels(out(nn.silu(replicate_channels(hidden(features)))))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from diffussm_jax.layers.linear import Linear
-from diffussm_jax.parallel.sharding import whole_channels
+from diffussm_jax.parallel.sharding import replicate_channels
 
 
 class AdaLayerNorm(nn.Module):
@@ -21,6 +21,6 @@ class AdaLayerNorm(nn.Module):
         D = x.shape[-1]
         options = {"kernel_init": nn.initializers.zeros, "is_gathered": True, "name": "modulation"}
         modulation = Linear("bd,de->be", (D, 2 * D), self.dtype, **options)
-        shift, scale = jnp.split(whole_channels(modulation(nn.silu(c)))[:, None], 2, -1)
+        shift, scale = jnp.split(replicate_channels(modulation(nn.silu(c)))[:, None], 2, -1)
         x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)(x)
         return (x * (1 + scale) + shift).astype(self.dtype)

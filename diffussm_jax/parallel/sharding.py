@@ -55,7 +55,7 @@ def _has_mesh() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-def whole_channels(x: jax.Array) -> jax.Array:
+def replicate_channels(x: jax.Array) -> jax.Array:
     """Lays an activation [B, ...] so that only its batch is split; without a mesh around, `x` as it is."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if _has_mesh() else x
 
