@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffussm_jax.parallel.sharding import whole_kernel
+from diffussm_jax.parallel.sharding import replicate_kernel
 
 gelu = nn.gelu  # the tanh form, Flax's default
 
@@ -22,7 +22,7 @@ def _axes_of_x(equation: str) -> tuple[int, ...]:
 
 def _cast(kernel: jax.Array, dtype: jnp.dtype, is_gathered: bool) -> jax.Array:
     """Cast before it is gathered, so that devices send the smaller dtype."""
-    return whole_kernel(kernel.astype(dtype)) if is_gathered else kernel.astype(dtype)
+    return replicate_kernel(kernel.astype(dtype)) if is_gathered else kernel.astype(dtype)
 
 
 _linear = jax.custom_vjp(_product, nondiff_argnums=(0, 1))

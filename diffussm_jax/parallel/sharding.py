@@ -67,7 +67,7 @@ def split_channels(x: jax.Array, *, batch: int = 0, channels: int = -1) -> jax.A
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if _has_mesh() else x
 
 
-def whole_kernel(kernel: jax.Array) -> jax.Array:
+def replicate_kernel(kernel: jax.Array) -> jax.Array:
     """Lays a parameter so that every device has all of it; without a mesh around, as it is."""
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec()) if _has_mesh() else kernel
 
