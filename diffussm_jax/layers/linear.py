@@ -1,4 +1,4 @@
-"""A linear layer whose gradients are summed in float32, and the activation of the hourglass."""
+"""A linear layer with gradients summed in float32, and the activation of the hourglass."""
 
 import flax.linen as nn
 import jax
@@ -15,13 +15,13 @@ def _product(equation: str, is_gathered: bool, x: jax.Array, kernel: jax.Array, 
 
 
 def _axes_of_x(equation: str) -> tuple[int, ...]:
-    """The dimensions of the output that the kernel, and so the bias, does not have."""
+    """The output dimensions that the kernel and the bias do not have."""
     operands, output = equation.split("->")
     return tuple(i for i, name in enumerate(output) if name not in operands.split(",")[1])
 
 
 def _cast(kernel: jax.Array, dtype: jnp.dtype, is_gathered: bool) -> jax.Array:
-    """Cast before it is gathered, so that devices send the smaller dtype."""
+    """Casts before gathering, so that devices send the smaller dtype."""
     return replicate_kernel(kernel.astype(dtype)) if is_gathered else kernel.astype(dtype)
 
 
@@ -46,17 +46,17 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Linear(nn.Module):
-    """einsum(equation, x, kernel) + bias, in `dtype`; parameters float32, and their gradients summed in float32.
+    """einsum(equation, x, kernel) + bias in `dtype`, with float32 parameters and gradients summed in float32.
 
-    Left to themselves, gradients of a bfloat16 product are rounded to bfloat16 before devices add theirs up.
+    By default JAX rounds gradients of a bfloat16 product to bfloat16 before the sum over devices.
 
     Attributes:
-      equation: of x and kernel; the bias has those dimensions of the output that the kernel has.
+      equation: of x and kernel; the bias has the output dimensions that the kernel has.
       shape: of the kernel.
       dtype: of the product.
-      kernel_init: by default Xavier's, uniform.
-      is_gathered: whether every device gathers the kernel whole first. Left to itself, XLA may split a product with few
-        rows along axes of the mesh that are idle, and communicate activations.
+      kernel_init: Xavier uniform by default.
+      is_gathered: replicate the kernel on every device first. Otherwise XLA may split a product with few rows along
+        idle mesh axes and communicate activations.
     """
 
     equation: str

@@ -9,9 +9,9 @@ from diffussm_jax.parallel.sharding import replicate_channels
 
 
 class AdaLayerNorm(nn.Module):
-    """LayerNorm(x) (1 + scale(c)) + shift(c), the norm without parameters of its own, in float32.
+    """LayerNorm(x) (1 + scale(c)) + shift(c) in float32, for x [B, J, D] and c [B, D]. The norm has no parameters.
 
-    scale and shift come from one linear layer on SiLU(c) that starts at zero. x [B, J, D], c [B, D] -> [B, J, D].
+    scale and shift come from one zero-initialised linear layer on SiLU(c).
     """
 
     dtype: jnp.dtype = jnp.float32
