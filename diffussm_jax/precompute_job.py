@@ -37,13 +37,9 @@ class Job:
     """The inputs and settings of one split.
 
     Attributes:
-      source: of the images.
       out: folder of the data set.
-      split: name of the split to write.
       image_size: pixels.
       vae_name: for the card.
-      vae: the autoencoder.
-      params: of the autoencoder.
       batch_size: images per batch; a batch never crosses shards.
       shard_size: images per shard, including broken images.
       max_bad_fraction: the allowed fraction of broken images.

@@ -99,7 +99,6 @@ def to_diffusers(model: AutoencoderKL, params: Any, path: epath.PathLike, *, sam
     Both files are written to a temporary directory and then moved, `config.json` last, so that no file is incomplete.
 
     Args:
-      model: the autoencoder.
       params: written as float32.
       path: the directory; created if missing, files are replaced.
       sample_size: pixels; the tile size of diffusers.

@@ -177,12 +177,9 @@ class AutoencoderKL(nn.Module):
     8, four latent channels, 83,653,863 parameters.
 
     Attributes:
-      in_channels: channels of encoded images.
-      out_channels: channels of decoded images.
       block_out_channels: channels per level, from full resolution down; multiples of norm_num_groups.
       layers_per_block: residual blocks per level of the encoder; the decoder has one more.
       latent_channels: C.
-      norm_num_groups: groups of every GroupNorm.
       scaling_factor: diffusion models multiply latents by it; not applied here.
       use_quant_conv: adds a 1x1 conv after the encoder.
       use_post_quant_conv: adds a 1x1 conv before the decoder.

@@ -19,8 +19,6 @@ def tiled_encode(
     Norms and attention see one tile, so the result approximates `encode`. Images that fit in a tile are encoded whole.
 
     Args:
-      model: the autoencoder.
-      params: its parameters.
       images: [B, H, W, C_in] float in [-1, 1]; H and W are multiples of `model.downsampling`.
       tile: height and width of a tile in pixels, a multiple of `model.downsampling`.
       overlap: fraction of a tile shared with the next tile and blended linearly; 0 <= overlap < 1.
@@ -43,11 +41,8 @@ def tiled_decode(
     """`decode` by overlapping tiles; see `tiled_encode`.
 
     Args:
-      model: the autoencoder.
-      params: its parameters.
       latents: [B, h, w, C] float, unscaled.
       tile: height and width of a tile in latent positions.
-      overlap: see `tiled_encode`.
 
     Returns:
       [B, h f, w f, C_out] float32.

@@ -36,7 +36,6 @@ def latent_codec(scaling_factor: float, decode: Callable[[jax.Array], jax.Array]
     """The codec of latents: x_0 is a drawn latent times the autoencoder's `scaling_factor`.
 
     Args:
-      scaling_factor: of the autoencoder.
       decode: unscaled latents -> images in [-1, 1]; None if there is no decoder.
     """
 

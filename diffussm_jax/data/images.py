@@ -71,7 +71,6 @@ def decode_image(data: bytes, key: str) -> np.ndarray:
     rotation is applied. Of an animation the first frame is used.
 
     Args:
-      data: the file's content.
       key: name of the file, for error messages.
 
     Returns:
@@ -202,7 +201,6 @@ class ImageFolder(_Files):
     """Images in a folder, at any depth, local or remote (gs://...). Local links are followed.
 
     Args:
-      path: the folder.
       split: the top-level folder to read; "" for everything.
 
     Raises:

@@ -58,9 +58,6 @@ class ShardWriter:
 
     Args:
       folder: of the data set; must exist.
-      split: such as "train".
-      index: of the shard.
-      num_shards: of the split.
       latent_shape: (H, W, C).
       class_names: empty if there are no labels.
     """
@@ -140,7 +137,6 @@ def write_card(
     """Completes a split: writes TFDS's metadata, then the card that marks it as finished, and returns the card.
 
     Args:
-      folder: of the data set.
       split: all of its shards must exist.
       settings: how they were made: at least "source", "image_size", "latent_shape", "class_names", and "vae" with
         "name", "sha256", "encoder_sha256", "scaling_factor" and "dtype".
@@ -282,7 +278,7 @@ def check_card(card: Mapping, data: Mapping, path: str) -> None:
 
 
 def has_shard(folder: epath.Path, shard: Mapping) -> bool:
-    """Whether a shard exists and has the size that `ShardWriter.finish` returned."""
+    """Whether a shard exists with the size that `ShardWriter.finish` returned."""
     path = folder / shard["file"]
     return path.exists() and path.stat().length == shard["file_bytes"]
 
@@ -317,10 +313,6 @@ class Latents:
     """The records of a finished split by index: {"mean", "log_std": [2, H, W, C] float16, "label": int32}.
 
     Thread-safe.
-
-    Args:
-      path: folder of the data set.
-      split: such as "train".
 
     Raises:
       FileNotFoundError: the folder has no such split, or a shard is missing.
@@ -375,7 +367,6 @@ def draw_latents(batch: Mapping[str, jax.Array], key: jax.Array, scaling_factor:
 
     Args:
       batch: "mean" and "log_std", [B, 2, H, W, C] float16.
-      key: of the draws.
       scaling_factor: of the autoencoder; scales latents to about unit standard deviation.
 
     Returns:

@@ -32,7 +32,6 @@ class Loader:
     """Loads batches of records by step.
 
     Args:
-      records: the data set.
       batch_size: B, the global batch size.
       seed: of the order; None for the records' own order.
       rows: [b] int, the rows of each global batch that this process reads; None for all.
@@ -111,7 +110,6 @@ def prefetch(batches: Iterable[Batch], to_devices: Callable[[Batch], Any], depth
     """Prefetches batches to devices.
 
     Args:
-      batches: of host arrays.
       to_devices: starts the transfer of a batch, without waiting for it.
       depth: number of batches in transfer ahead of the consumer.
     """

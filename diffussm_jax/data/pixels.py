@@ -13,7 +13,6 @@ class Pixels:
     Reading a broken image raises a ValueError with its name.
 
     Args:
-      source: of images.
       size: in pixels.
       num_channels: C: 1 for gray, 3 for colour.
       is_cropped: centre-crop images; False returns whole images, for `crop_at_random`.

@@ -61,7 +61,6 @@ def center_crop(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
 
     Args:
       image: [H, W, C] uint8, C = 1 or 3; or a Pillow image.
-      size: pixels.
 
     Returns:
       [size, size, C] uint8.
@@ -83,10 +82,7 @@ def random_crop(
 
     Args:
       image: [H, W, C] uint8, C = 1 or 3; or a Pillow image.
-      size: pixels.
-      rng: of the draws.
-      min_crop_fraction: the smallest part of the shorter side to keep.
-      max_crop_fraction: the largest part.
+      min_crop_fraction, max_crop_fraction: range of the part of the shorter side to keep.
 
     Returns:
       [size, size, C] uint8.
@@ -112,7 +108,6 @@ def image_grid(images: np.ndarray, num_columns: int, *, min_tile: int = 32) -> n
 
     Args:
       images: [B, H, W, C] uint8.
-      num_columns: images per row.
       min_tile: images smaller than this many pixels are enlarged by repeating pixels.
 
     Returns:

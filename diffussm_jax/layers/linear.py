@@ -52,9 +52,7 @@ class Linear(nn.Module):
 
     Attributes:
       equation: of x and kernel; the bias has the output dimensions that the kernel has.
-      shape: of the kernel.
       dtype: of the product.
-      kernel_init: Xavier uniform by default.
       is_gathered: replicate the kernel on every device first. Otherwise XLA may split a product with few rows along
         idle mesh axes and communicate activations.
     """

@@ -79,7 +79,6 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
     Args:
       text: `compiled.as_text()`.
-      num_devices: of the program.
 
     Raises:
       ValueError: the text is not a compiled program, or the groups of a collective cannot be parsed.

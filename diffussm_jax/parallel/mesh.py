@@ -42,9 +42,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     """Makes the mesh of three axes, with `tensor` along the nearest neighbours.
 
     Args:
-      data: devices along the axis; -1 uses all that the other axes leave.
-      fsdp: likewise.
-      tensor: likewise.
+      data, fsdp, tensor: devices along the axis; one may be -1, for all that the others leave.
       devices: all devices if None.
 
     Raises:

@@ -30,7 +30,6 @@ class Chip:
     """Published specifications of a chip. If JAX shows several devices per chip, peaks and memory are per device.
 
     Attributes:
-      name: as in names of machines.
       platform: "tpu" or "cuda".
       device_kinds: JAX's `device_kind` of the device.
       peak_flops: dense bfloat16, FLOP/s.
@@ -129,7 +128,6 @@ class Machine:
 
     Attributes:
       name: as passed to `parse_machine`.
-      chip: its specifications.
       shape: chips along each axis of a slice; for GPUs (hosts, GPUs per host).
     """
 

@@ -109,18 +109,15 @@ def ssm_apply_phases(
     `pallas` uses this layout, and an hourglass reads and writes it without transposed copies.
 
     Args:
-      directions: R `SSMParams` of D channels.
       u: [M, D, B, J] of any float dtype. Any J >= 1.
       reverse: per SSM, whether it runs backward.
-      method: see `ssm_apply`.
-      discretization: "zoh" or "bilinear".
-      platform: see `ssm_apply`.
+      method, discretization, platform: see `ssm_apply`.
 
     Returns:
       y [M, R, D, B, J] in the dtype of `u`.
 
     Raises:
-      ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
+      ValueError: as `ssm_apply`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown SSM method {method!r}; choose one of {', '.join(METHODS)}")
@@ -156,7 +153,6 @@ def ssm_apply(
     """Runs D diagonal SSMs over a sequence: y[l] = sum_j K[j] u[l - j] + D u[l].
 
     Args:
-      params: of D channels.
       u: [B, L, D] of any float dtype. Any L >= 1.
       method: a name of `METHODS`. "pallas" needs a TPU or GPU. Sums and states are float32. "chunked" and "pallas"
         multiply bfloat16 inputs in bfloat16; the others cast them to float32.
@@ -187,18 +183,14 @@ def ssm_apply_bidirectional(
     DiffuSSM (arXiv 2311.18257, section 3.2), after BiGS (arXiv 2212.10544).
 
     Args:
-      forward: of D channels.
-      backward: of D channels.
       u: [B, L, D] of any float dtype. Any L >= 1.
-      method: see `ssm_apply`.
-      discretization: "zoh" or "bilinear".
-      platform: see `ssm_apply`.
+      method, discretization, platform: see `ssm_apply`.
 
     Returns:
       [B, L, 2D] in the dtype of `u`: the forward outputs, then the backward ones.
 
     Raises:
-      ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
+      ValueError: as `ssm_apply`.
     """
     return _apply(
         (forward, backward), (False, True), u, method=method, discretization=discretization, platform=platform

@@ -62,9 +62,6 @@ def fastest_method(
     Args:
       platform: "cpu", "gpu" or "tpu".
       dtype: name of the input's dtype.
-      L: positions.
-      D: channels.
-      N: state size.
       table: the packaged table if None.
     """
     rows = [row for row in (_packaged() if table is None else table) if row.platform == platform]

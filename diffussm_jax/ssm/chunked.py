@@ -219,7 +219,6 @@ def chunked(
     recurrence of states are float32.
 
     Args:
-      directions: R `SSMParams` of D channels.
       u: [M, D, B, J] float32 or bfloat16, in phases. The phases are interleaved first if M does not divide the chunk.
       discretization: "zoh" or "bilinear".
       reverse: per direction, whether it runs backward.

@@ -28,10 +28,6 @@ def multiply_adds(
       method: of `ssm.METHODS`; "auto" is resolved as in `ssm_apply`.
       platform: "cpu", "gpu" or "tpu".
       dtype: name of the input's dtype.
-      L: positions.
-      D: channels.
-      N: state size.
-      num_directions: R.
       num_sequences: sequences per device; sets the chunk size.
 
     Returns:

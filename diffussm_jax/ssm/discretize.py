@@ -30,9 +30,9 @@ def zoh(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.
     """Zero-order hold: exact for inputs that are constant over each step.
 
     Args:
-      Lambda: [D, N/2] complex64, nowhere zero.
+      Lambda: [D, N/2] complex64, nonzero.
       B: [D, N/2] complex64.
-      dt: [D] float32, the step.
+      dt: [D] float32.
 
     Returns:
       Lambda_bar and B_bar, [D, N/2] complex64.
@@ -48,16 +48,7 @@ def zoh(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.
 
 
 def bilinear(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The bilinear (Tustin) transform.
-
-    Args:
-      Lambda: [D, N/2] complex64.
-      B: [D, N/2] complex64.
-      dt: [D] float32, the step.
-
-    Returns:
-      Lambda_bar and B_bar, [D, N/2] complex64.
-    """
+    """The bilinear (Tustin) transform, with the shapes of `zoh`."""
     dt = dt[..., None].astype(jnp.complex64)
     half = Lambda * dt / 2
     return (1 + half) / (1 - half), dt * B / (1 - half)

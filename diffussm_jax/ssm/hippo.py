@@ -56,28 +56,14 @@ def s4d_legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def s4d_lin(state_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """S4D-Lin: Lambda_n = -1/2 + i pi n, B = 1 (S4D, equation 9).
-
-    Returns:
-      Lambda [N/2] and B [N/2], complex128.
-
-    Raises:
-      ValueError: the state size is odd or below 2.
-    """
+    """S4D-Lin: Lambda_n = -1/2 + i pi n, B = 1 (S4D, equation 9); see `s4d_legs`."""
     _check_state_size(state_size)
     n = np.arange(state_size // 2)
     return -0.5 + 1j * np.pi * n, np.ones(state_size // 2, np.complex128)
 
 
 def s4d_inv(state_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """S4D-Inv: Lambda_n = -1/2 + i (N/pi) (N/(2n + 1) - 1), B = 1 (S4D, equation 8).
-
-    Returns:
-      Lambda [N/2] and B [N/2], complex128.
-
-    Raises:
-      ValueError: the state size is odd or below 2.
-    """
+    """S4D-Inv: Lambda_n = -1/2 + i (N/pi) (N/(2n + 1) - 1), B = 1 (S4D, equation 8); see `s4d_legs`."""
     _check_state_size(state_size)
     n = np.arange(state_size // 2)
     imag_part = state_size / np.pi * (state_size / (2 * n + 1) - 1)

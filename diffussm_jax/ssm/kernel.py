@@ -33,9 +33,7 @@ def diagonal_kernel(
     """The first `length` taps of the SSM's convolution kernel, without the skip D.
 
     Args:
-      Lambda: [D, N/2] complex64.
-      B: [D, N/2] complex64.
-      C: [D, N/2] complex64.
+      Lambda, B, C: [D, N/2] complex64.
       dt: [D] float32.
       length: L, at least 1.
       discretization: "zoh" or "bilinear".

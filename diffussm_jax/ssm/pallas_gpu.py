@@ -221,7 +221,6 @@ def pallas_gpu(
     After SSD (arXiv 2405.21060, section 6). Memory and work are linear in L.
 
     Args:
-      directions: R `SSMParams` of D channels.
       u: [M, D, B, J] float32 or bfloat16: position j M + m of the L = J M is u[m, :, :, j]. Matrix products take
         operands of this dtype, float32 at full precision. Phases are interleaved first if M does not divide the chunk
         of 64 positions (32 for float32).

@@ -137,12 +137,10 @@ def _call(kernel, g: Geometry, inputs: dict, outputs: dict, *, is_adjoint: bool,
 
     Args:
       kernel: called with the geometry, references to the inputs and outputs, and a carry.
-      g: the geometry.
       inputs: arrays by name, see `outputs`.
       outputs: shapes by name: "u" [M, D, X, Y], "y", "dy" and "du" [M, R, D, X, Y], "carries"
         [R, num_blocks, D/2 * stride, W], all others [R, D or D/2, ..] with one block for all rows.
       is_adjoint: process rows in the opposite order of the direction.
-      interpret: see `pallas_call`.
     """
     lanes, (M, D, _, Y) = inputs["powers"].shape[-1], inputs["u"].shape
     tile = _tile(M, g)
@@ -263,7 +261,6 @@ def pallas_tpu(
     After SSD (arXiv 2405.21060, section 6). Memory and work are linear in L.
 
     Args:
-      directions: R `SSMParams` of D channels.
       u: [M, D, B, J] float32 or bfloat16: position j M + m of the L = J M is u[m, :, :, j]. Matrix products take
         operands of this dtype, float32 at full precision.
       discretization: "zoh" or "bilinear".

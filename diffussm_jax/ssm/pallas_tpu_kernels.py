@@ -205,7 +205,6 @@ def _scan(written, carry, steps, order: _Order, g: Geometry):
       carry: [stride, W], the states at the start of the block's first chunks.
       steps: the `_factors` of A**(1, 2, 4, ..).
       order: the order of the chunks.
-      g: the geometry.
     """
     same, cross = steps
     per_block = g.rows // g.stride

@@ -28,7 +28,6 @@ def step(
     """Advances the SSM by one position.
 
     Args:
-      params: of D channels.
       state: [B, D, N/2] complex64, from `initial_state` or the previous step.
       u_t: [B, D].
       discretization: "zoh" or "bilinear".

@@ -151,7 +151,6 @@ class Store:
         """Restores the items of a step that are in `like`, with its shapes and shardings.
 
         Args:
-          step: to restore.
           like: trees of arrays or ShapeDtypeStructs, by item.
 
         Raises:

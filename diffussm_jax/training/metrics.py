@@ -25,7 +25,6 @@ class MetricsLog:
     copied at each logged step. Only the first process writes.
 
     Args:
-      workdir: of the run.
       resumed_step: rows after this step are dropped, because the run will log them again.
       wandb_project: a project of Weights & Biases (extra "wandb"). Its run resumes with this one.
       config: of the run, for Weights & Biases.

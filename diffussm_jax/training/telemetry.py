@@ -108,7 +108,6 @@ class Profile:
     """Traces some steps for XProf, to the folder "profile" of a work directory.
 
     Args:
-      workdir: of the run.
       steps: (first, last), or None for no trace. A run that resumes after the first traces nothing.
     """
 
