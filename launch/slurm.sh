@@ -77,8 +77,8 @@ END
 rm -f "$notes.code"
 
 # JAX finds the other processes through Slurm's variables, and uses GPU number SLURM_LOCALID. So there is one process
-# per GPU, and each sees all GPUs of its node (no binding). The job's exit code is that of the first process to fail, the
-# cause: the others exit because they lose it. srun would return the highest code.
+# per GPU, and each sees all GPUs of its node (no binding). The exit code of the job is that of the first process to
+# fail, the cause: the others exit because they lose it. srun would return the highest code.
 # shellcheck disable=SC2016 # expanded by the inner shell
 END
   cat << END

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains or precomputes on a Cloud TPU slice: requests the slice and waits for it, installs the code on all workers, runs
-# the command on them, follows their output, restarts after a preemption or a crash, and deletes the slice at the end.
+# Trains or precomputes on a Cloud TPU slice: requests it, waits for it, installs the code on all workers, runs the
+# command on them, follows their output, restarts after a preemption or a crash, and deletes the slice at the end.
 #
 #   launch/tpu_pod.sh [FLAGS] train --config=FILE --workdir=gs://BUCKET/FOLDER [FLAGS OF diffussm_jax.main]
 #   launch/tpu_pod.sh [FLAGS] precompute --source=IMAGES --out=gs://BUCKET/FOLDER [FLAGS OF diffussm_jax.precompute]
