@@ -38,7 +38,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
     def start(argv: list[str]) -> int:
         flag_values.mark_as_parsed()
         if len(argv) != 1 + num_arguments:
-            raise app.UsageError(f"expected {num_arguments} arguments beside the flags, got {argv[1:]}")
+            raise app.UsageError(f"expected {num_arguments} arguments apart from flags, got {argv[1:]}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:

@@ -113,7 +113,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     # Mode "I" also holds 32-bit TIFFs, whose black and white levels are unknown.
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"gray values {values.min()} ... {values.max()}, outside of 16 bits")
+        raise ValueError(f"gray values {values.min()} ... {values.max()} exceed 16 bits")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
@@ -149,7 +149,9 @@ class _Files:
         self.class_names = tuple(sorted(set(folders) - {""}))
         if self.class_names and "" in folders:
             stray = self._keys[folders.index("")]
-            raise ValueError(f"{path}: {stray} is in no class folder, others are; move it, or remove the folders")
+            raise ValueError(
+                f"{path}: {stray} is in no class folder, but other images are; move it, or remove the folders"
+            )
         label_of = {name: label for label, name in enumerate(self.class_names)} | {"": 0}
         self._labels = np.array([label_of[folder] for folder in folders], np.int32)
 
@@ -303,7 +305,7 @@ class ImageTar(_Files):
             start = file.read(8)
             for magic, name in _COMPRESSED.items():
                 if start.startswith(magic):
-                    raise ValueError(f"{self._path} is compressed ({name}), so it has no random access: unpack it")
+                    raise ValueError(f"{self._path} is compressed ({name}), so it has no random access; unpack it")
             try:
                 self._members = _index_tar(file)
             except Exception as error:  # UnicodeDecodeError, KeyError, ... and tarfile's own
@@ -347,7 +349,7 @@ def _scan_tar(file: BinaryIO, start: int, end: float = float("inf")) -> Iterator
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile keeps all of them, 1 KB each
             if member.size < 0 or member.offset_data + member.size > end:
-                raise ValueError(f"{member.name} of {member.size} bytes does not end within its archive")
+                raise ValueError(f"{member.name} of {member.size} bytes extends beyond its archive")
             if member.isreg() and not member.issparse():
                 yield _normal(member.name), (member.offset_data, member.size)
         # tarfile treats an unreadable header as the end. The true end is a block of zeros.

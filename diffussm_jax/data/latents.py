@@ -148,7 +148,7 @@ def write_card(
     """
     folder, num_records = epath.Path(folder), sum(shard["num_records"] for shard in shards)
     if not num_records:
-        raise ValueError(f"no image could be read: all {len(skipped)} were skipped")
+        raise ValueError(f"all {len(skipped)} images are broken")
     mean, square, variance = np.sum([shard["sums"] for shard in shards], 0) / num_records
     card = {
         "format_version": FORMAT_VERSION,
@@ -257,7 +257,7 @@ def read_card(folder: epath.PathLike, split: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(card, dict) or card.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} is no card of format version {FORMAT_VERSION}")
+        raise ValueError(f"{path} is not a card of format version {FORMAT_VERSION}")
     return card
 
 
@@ -274,7 +274,7 @@ def check_card(card: Mapping, data: Mapping, path: str) -> None:
         expected["num_classes"] = len(card["class_names"])
     wrong = [f"config.data.{k} = {data[k]}, the card has {v}" for k, v in expected.items() if data[k] != v]
     if wrong:
-        raise ValueError(f"the latents of {path} do not fit the config: " + "; ".join(wrong))
+        raise ValueError(f"the latents of {path} do not match the config: " + "; ".join(wrong))
 
 
 def has_shard(folder: epath.Path, shard: Mapping) -> bool:

@@ -54,7 +54,7 @@ class Loader:
         augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
     ):
         if not len(records):
-            raise ValueError("the data set holds no records")
+            raise ValueError("the data set has no records")
         self.batch_size = batch_size
         self._num_records = len(records)
         self._num_threads = num_threads

@@ -287,7 +287,7 @@ def _find_features(info: Any) -> tuple[str, str | None]:
 
     def choose(what: str, found: list[str]) -> str | None:
         if len(found) > 1 and what not in found:
-            raise ValueError(f"tfds {info.full_name} has several features that could be the {what}: {features}")
+            raise ValueError(f"tfds {info.full_name} has several features for the {what}: {features}")
         return what if what in found else found[0] if found else None
 
     def is_pixels(feature: Any) -> bool:

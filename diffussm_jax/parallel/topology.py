@@ -250,8 +250,8 @@ def _cuda_devices(machine: Machine) -> list[jax.Device]:
     except NotImplementedError as error:
         raise ValueError(
             "compiling for NVIDIA GPUs needs JAX's CUDA plugin: pip install -e '.[plan-gpu]' to compile only, or "
-            "'.[cuda12]' or '.[cuda13]'; the plugin must be of jax's version, "
-            f"{jax.__version__}; and JAX_PLATFORMS=cpu where there is no GPU"
+            "'.[cuda12]' or '.[cuda13]'; the plugin must have jax's version, "
+            f"{jax.__version__}; without a GPU also set JAX_PLATFORMS=cpu"
         ) from error
     return topology.devices
 
