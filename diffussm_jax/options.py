@@ -138,7 +138,7 @@ def check_options(component, values: Mapping[str, Any] | None = None, *, without
 
 
 def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raises ValueError if one of `names` is not known, with the nearest known name, and all of them if they are few."""
+    """Raises ValueError, naming the nearest known name (and all if they are few), if one of `names` is not known."""
     known = sorted(known)
     for name in names:
         if name not in known:

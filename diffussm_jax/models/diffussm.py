@@ -30,7 +30,7 @@ from diffussm_jax.layers import NUM_TIME_FEATURES, AdaLayerNorm, Linear, TimeEmb
 from diffussm_jax.models.backbone import Backbone, Condition, Costs
 from diffussm_jax.models.mixers import S4D, mix_phases, num_outputs
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range, check_options
-from diffussm_jax.parallel.sharding import Rules, split_channels, whole_channels
+from diffussm_jax.parallel.sharding import Rules, replicate_channels, split_channels
 
 # XL is the paper's. It prints 786 for L's width and no depths for S and L: 768, 24 and 12 are ours.
 DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -92,18 +92,18 @@ class Block(nn.Module):
         def keep(x):
             return checkpoint_name(x, "dense")
 
-        I = whole_channels(AdaLayerNorm(self.dtype, name="norm")(x, c))
-        h = whole_channels(gelu(keep(split_channels(dense(D, D, "W0")(I)))))
+        I = replicate_channels(AdaLayerNorm(self.dtype, name="norm")(x, c))
+        h = replicate_channels(gelu(keep(split_channels(dense(D, D, "W0")(I)))))
         # U and Y stay apart by k and have channels first, as products give and take them and `ssm.phases` explains.
         W_up = position_dense("bjd,mde->mebj", (M, D, D), "W_up")
         U = gelu(keep(split_channels(W_up(h), batch=2, channels=1)))
         Y = mix_phases(self.mixer(name="ssm"), U, self.grid)  # [M, R, D, B, J]
         W_down = position_dense("mrdbj,mrde->bjme", (M, Y.shape[1], D, 2 * D // M), "W_down")
-        I_down = gelu(keep(whole_channels(W_down(Y)))).reshape(B, J, 2 * D)
+        I_down = gelu(keep(replicate_channels(W_down(Y)))).reshape(B, J, 2 * D)
         left = gelu(keep(split_channels(dense(2 * D, 2 * D, "W2")(I_down))))
         right = gelu(keep(split_channels(dense(D, 2 * D, "W1")(I))))
         W3 = dense(2 * D, D, "W3", kernel_init=nn.initializers.zeros)
-        return whole_channels(x + W3(left * right)), None
+        return replicate_channels(x + W3(left * right)), None
 
 
 class DiffuSSM(Backbone):
@@ -183,7 +183,7 @@ class DiffuSSM(Backbone):
         x = Linear("bjc,cd->bjd", (num_inputs, D), dtype, name="embed")(x.reshape(B, J, num_inputs))
         if self.has_position_embedding:
             x = x + jnp.asarray(sincos_2d(H, W // M, D), dtype)
-        x = self._blocks((H, W), dtype)(whole_channels(x), c)[0]
+        x = self._blocks((H, W), dtype)(replicate_channels(x), c)[0]
         x = AdaLayerNorm(dtype, name="final_norm")(x, c)
         # The last layer is small and its output meets float32 losses: it stays in float32.
         num_outputs = self.num_outputs * C
