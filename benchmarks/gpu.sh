@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Measures all that docs/bench.md asks of a GPU: bash benchmarks/gpu.sh h200
-# Figures go to benchmarks/NAME_*.csv, times for "auto" into the package. What fails is said at the end, and the rest
-# still runs. PYTHON: the interpreter, by default that of .venv.
+# Runs all GPU benchmarks of docs/bench.md: bash benchmarks/gpu.sh h200
+# Results go to benchmarks/NAME_*.csv, timings for "auto" into the package. A failure does not stop the other benchmarks
+# and is reported at the end. PYTHON: the interpreter, .venv's by default.
 set -uo pipefail
 name=${1:?usage: bash benchmarks/gpu.sh NAME}
 python=${PYTHON:-.venv/bin/python}
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.." || exit
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch, where its CUDA build is installed, needs memory too
 failed=()
 
-bench() { # FILE WHAT FLAGS..: a file of - is none
+bench() { # FILE WHAT FLAGS..: FILE - writes no file
   local file=$1
   shift
   echo "== bench $*"
@@ -19,7 +19,7 @@ bench() { # FILE WHAT FLAGS..: a file of - is none
 
 bench errors errors
 bench ssm ssm --dtype=bfloat16 --shapes=64x1024x1152x64,64x4096x1152x64 --repeats=20
-bench - ssm --dtype=bfloat16 --write_table # block, step and sample then take what was the fastest here
+bench - ssm --dtype=bfloat16 --write_table # block, step and sample then use the fastest method
 bench - ssm --dtype=float32 --write_table
 bench xl step --sizes=XL --image_sizes=256 --batch_size=256
 bench step step --sizes=S,L,XL

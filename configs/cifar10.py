@@ -2,10 +2,10 @@
 
     python -m diffussm_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.path=cifar10.zip
 
-The data are a folder, zip or tar of images as train/<class>/*.jpg and test/<class>/*.jpg, or a TFDS data set
-(--config.data.path=tfds:cifar10) prepared as array_record. Sizes :S (the default), :L and :XL. A pass of :S over 50,000
-images takes about 23 P multiply-adds in the linear layers, forward and backward: 2 minutes on one H100 at 40 % MFU
-(computed, not measured; the SSMs come on top).
+The data is a folder, zip or tar with train/<class>/*.jpg and test/<class>/*.jpg, or a TFDS data set
+(--config.data.path=tfds:cifar10) prepared as array_record. Sizes: `:S` (default), `:L` and `:XL`. An epoch of `:S` over
+50,000 images takes about 23 P multiply-adds in the linear layers, forward and backward: 2 minutes on one H100 at 40 %
+MFU (computed, not measured, without the SSMs).
 """
 
 from diffussm_jax.config import apply_size, default_config

@@ -1,12 +1,12 @@
-"""DiffuSSM on latents of CIFAR-10, class-conditional: `cifar10.py` behind an autoencoder.
+"""DiffuSSM on latents of CIFAR-10, class-conditional: the latent counterpart of `cifar10.py`.
 
     python -m diffussm_jax.precompute --source=cifar10.zip --image_size=32 --vae=VAE --out=latents/cifar10
     python -m diffussm_jax.main --config=configs/cifar10_latent.py --workdir=runs/cifar10_latent \
         --config.data.path=latents/cifar10 --config.data.vae=VAE
 
-VAE is an autoencoder with 4 channels that halves the image twice, 32 x 32 pixels to 8 x 8 (for another one set
-`config.data.downsampling`, `num_channels` and `scaling_factor`; a data set that does not fit is refused). Small enough
-to try on a CPU: the quickest way to see the whole path of latents.
+VAE is an autoencoder with 4 channels and downsampling 4, from 32 x 32 pixels to 8 x 8. For another autoencoder set
+`config.data.downsampling`, `num_channels` and `scaling_factor`; a mismatch with the data set is an error. The model is
+small enough for a CPU, to try the whole latent pipeline.
 """
 
 from diffussm_jax.config import default_config, use_latents

@@ -1,10 +1,10 @@
-"""DiffuSSM on scikit-learn's 8 x 8 handwritten digits, class-conditional, in pixel space: the embedded example.
+"""DiffuSSM on scikit-learn's 8 x 8 handwritten digits, class-conditional, in pixel space: the smallest example.
 
-python -m diffussm_jax.main --config=configs/digits.py --workdir=runs/digits
+    python -m diffussm_jax.main --config=configs/digits.py --workdir=runs/digits
 
-On two CPU cores 2.5 to 4.5 minutes. Expected: at least 95 % of its samples recognised as their label by a classifier
-trained on real digits (`pytest -n 0 -m slow`). Small batches and many steps serve best in that time; more guidance
-makes the digits plainer and more alike.
+Takes 2.5 to 4.5 minutes on two CPU cores. Expected: a classifier trained on real digits assigns at least 95 % of the
+samples to their label (`pytest -n 0 -m slow`). Small batches and many steps work best in that time. More guidance makes
+the digits clearer and less diverse.
 """
 
 from diffussm_jax.config import default_config

@@ -2,9 +2,9 @@
 
     python -m diffussm_jax.main --config=configs/imagenet256.py:XL --workdir=runs/imagenet256
 
-Sizes :S, :L and :XL (the default).
+Sizes: `:S`, `:L` and `:XL` (default).
 The linear layers of an XL run over the paper's 660 M images take about 800 H100-hours at 40 % MFU (computed, not
-measured; the SSMs come on top). The paper's FID for XL: 9.07 without guidance, 2.28 with.
+measured, without the SSMs). The paper's FID for XL: 9.07 without guidance, 2.28 with.
 """
 
 from diffussm_jax.config import paper_config

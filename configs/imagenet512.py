@@ -2,9 +2,9 @@
 
     python -m diffussm_jax.main --config=configs/imagenet512.py:XL --workdir=runs/imagenet512
 
-Sizes :S, :L and :XL (the default).
+Sizes: `:S`, `:L` and `:XL` (default).
 The linear layers of an XL run over the paper's 302 M images take about 1500 H100-hours at 40 % MFU (computed, not
-measured; the SSMs come on top). The paper's FID for XL with guidance: 3.41.
+measured, without the SSMs). The paper's FID for XL with guidance: 3.41.
 """
 
 from diffussm_jax.config import paper_config

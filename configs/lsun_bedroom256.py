@@ -2,9 +2,9 @@
 
     python -m diffussm_jax.main --config=configs/lsun_bedroom256.py:XL --workdir=runs/lsun_bedroom256
 
-Sizes :S, :L and :XL (the default).
-A step at batch 256 of XL takes 227 T multiply-adds in the linear layers, forward and backward: 1.1 s on one H100 at
-40 % MFU (computed, not measured; the SSMs come on top). The paper's scores on LSUN are not quoted here.
+Sizes: `:S`, `:L` and `:XL` (default).
+An XL step at batch size 256 takes 227 T multiply-adds in the linear layers, forward and backward: 1.1 s on one H100 at
+40 % MFU (computed, not measured, without the SSMs). The paper's scores on LSUN are not quoted here.
 """
 
 from diffussm_jax.config import paper_config

@@ -1,7 +1,6 @@
-"""What the command line programs share: how they start, and how they report what is wrong with their input."""
+"""Shared code of the command line programs: startup, flags, error reports, and joining hosts."""
 
 import ctypes
-import difflib
 import glob
 import importlib.metadata
 import importlib.util
@@ -20,29 +19,27 @@ from diffussm_jax import config as config_lib
 from diffussm_jax import migrations
 from diffussm_jax.options import flatten
 
-# The exit code of a program that was told by SIGTERM to leave, and saved: the same command goes on. (EX_TEMPFAIL of
-# <sysexits.h>.) The launch scripts start it again.
+# Exit code after SIGTERM and a save (EX_TEMPFAIL of <sysexits.h>). The launch scripts repeat the command to resume.
 PREEMPTED = 75
-# That of an unexpected exception, such as a host that was lost (EX_SOFTWARE); the launch scripts try again, while 1,
-# an error in the input or a run that diverged, would only come again.
+# Exit code after an unexpected exception, such as a lost host (EX_SOFTWARE). The launch scripts try again. They do not
+# after 1: an error in the input or a diverged run would fail again.
 CRASHED = 70
 
 
 def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, num_arguments: int = 0) -> None:
-    """Parses the flags, calls `main` with the other arguments, of which there must be so many, and exits with its code.
+    """Parses the flags, calls `main` with the other `num_arguments` arguments, and exits with its code.
 
-    A program that may be imported beside another one has `flag_values` of its own, so that names do not collide.
+    Programs that can be imported together need `flag_values` of their own, so that flag names do not collide.
 
-    A ValueError, with which the package says what is wrong with its input, an OSError, or a FloatingPointError, with
-    which a run says that it diverged, is printed without a traceback, and the code is 1; with --verbosity=1 the
-    traceback comes too. After any other exception the code is 70. Libraries' messages below a warning are hidden
-    (--verbosity=0 shows them).
+    A ValueError (invalid input), an OSError and a FloatingPointError (a diverged run) are printed without a traceback,
+    and the exit code is 1. --verbosity=1 prints the traceback too. After any other exception the exit code is 70. Log
+    messages of libraries below warnings are hidden; --verbosity=0 shows them.
     """
 
     def start(argv: list[str]) -> int:
         flag_values.mark_as_parsed()
         if len(argv) != 1 + num_arguments:
-            raise app.UsageError(f"expected {num_arguments} arguments beside the flags, got {argv[1:]}")
+            raise app.UsageError(f"expected {num_arguments} arguments apart from flags, got {argv[1:]}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
@@ -61,6 +58,8 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
     sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
     if flag_values is not flags.FLAGS:
         flags.FLAGS.append_flag_values(flag_values)
+        if "config" in flag_values and isinstance(flag_values["config"].parser, _ConfigParser):
+            flag_values["config"].flag_values = flags.FLAGS  # its overrides are defined where they are parsed
     app.run(start)
 
 
@@ -68,15 +67,13 @@ _OVERRIDE = re.compile(r"--?config\.(?P<key>[\w.]+)(?:=(?P<value>.*))?$", re.DOT
 
 
 def _renamed(argument: str) -> str:
-    """An override of a config key under today's name, should it have had another one."""
+    """Replaces a former config key in an override by its current name."""
     match = _OVERRIDE.match(argument)
-    if match and match["key"] in migrations.MOVED:
-        return argument.replace(match["key"], migrations.MOVED[match["key"]], 1)
-    return argument
+    return argument.replace(match["key"], migrations.today(match["key"]), 1) if match else argument
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """The overrides of the config on a command line, --config.KEY=VALUE or --config.KEY VALUE."""
+    """The config overrides of a command line, --config.KEY=VALUE or --config.KEY VALUE."""
     found = {}
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if match := _OVERRIDE.match(argument):
@@ -85,23 +82,14 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Loads a config file, and makes the choices that the command line makes, before it overrides single values."""
+    """Loads a config file, and applies the command line's choices of components before its other overrides."""
 
     syntactic_help = "A file of configs/, such as configs/digits.py."
 
     def parse(self, argument: str) -> ConfigDict:
-        config, overrides = config_lib.load_config(argument), _overrides(sys.argv[1:])
-        if "imports" in overrides:
-            config.imports = tuple(re.findall(r"[\w.]+", overrides["imports"]))
-            config_lib.import_modules(config)
-        for key in sorted(filter(config_lib.is_choice, overrides), key=lambda key: key.count(".")):
-            config_lib.choose(config, key, overrides[key])
-        known = flatten(config_lib.complete(config))
-        for key in overrides:
-            if not any(name == key or name.startswith(f"{key}.") for name in known):
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f' Did you mean "{near[0]}"?' if near else ""
-                raise ValueError(f"there is no key config.{key}.{hint}")
+        overrides = _overrides(sys.argv[1:])
+        config = config_lib.make_choices(config_lib.load_config(argument), overrides)
+        config_lib.check_keys(overrides, flatten(config))
         return config.lock()
 
     def flag_type(self) -> str:
@@ -109,10 +97,10 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
-    """Defines --config=FILE.py[:ARGUMENT] and the overrides behind it, --config.model.depth=2.
+    """Defines --config=FILE.py[:ARGUMENT] and its overrides, --config.model.depth=2.
 
-    An override that chooses a component, --config.sampling.sampler=heun, takes effect first, wherever it stands, so
-    that the options of that component can be given too.
+    Overrides that choose a component, --config.sampling.sampler=heun, apply first, in any order of the command line, so
+    that the options of that component can be overridden too.
     """
     holder = config_flags.DEFINE_config_file(
         "config", None, "A file of configs/, such as configs/digits.py.", flag_values=flag_values
@@ -122,11 +110,11 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHold
 
 
 def keep_freed_memory() -> None:
-    """On the CPU, keeps what one step frees for the next; to be called before anything uses a device.
+    """Makes glibc keep freed memory on the CPU. Call it before any use of a device.
 
-    XLA on the CPU takes its temporary buffers from glibc, which hands large ones back to the system, and so does each
-    thread's own arena. Without that, the SSM's gradients take 0.8 of the time, and the digits train 1.3 times as fast.
-    Elsewhere than on glibc it changes nothing.
+    XLA:CPU allocates temporary buffers from glibc, which returns large buffers and those of each thread's arena to the
+    system. With this setting the SSM's gradients take 0.8 of the time, and the digits train 1.3 times as fast. Without
+    glibc it has no effect.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt") and (_is_cpu_only() or jax.default_backend() == "cpu"):
@@ -137,20 +125,20 @@ def keep_freed_memory() -> None:
 
 
 def _is_cpu_only() -> bool:
-    """Whether JAX can have no other devices; does not make it look for them, which starts threads."""
+    """Whether JAX can only have CPU devices. Does not initialise the backends, which would start threads."""
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return jax.config.jax_platforms == "cpu" or not (plugins or importlib.util.find_spec("libtpu"))
 
 
 def join_hosts(value: str) -> None:
-    """Makes one JAX program of the processes of several hosts; before anything uses a device.
+    """Initialises `jax.distributed` for the processes of several hosts. Call it before any use of a device.
 
     Args:
-      value: of a flag --distributed: "auto" joins where SLURM or Open MPI started several processes, or on a TPU
-        machine, where JAX finds the others by itself; "none" does not; COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID.
+      value: of a flag --distributed: "auto" initialises if SLURM or Open MPI started several processes, and on TPU
+        machines, where JAX finds the other hosts; "none"; or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID.
 
     Raises:
-      ValueError: it is malformed.
+      ValueError: the value is malformed.
     """
     if value == "none":
         return

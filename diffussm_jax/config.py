@@ -13,7 +13,8 @@ import dataclasses
 import importlib
 import importlib.util
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from etils import epath
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from diffussm_jax import migrations, registry
 from diffussm_jax.models import DIFFUSSM_SIZES
-from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Range, options_of
+from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Range, check_names, flatten, options_of
 from diffussm_jax.training.optimizer import DECAYS
 
 # Channels that classifier-free guidance acts on, by the values of config.sampling.guided_channels.
@@ -219,6 +220,44 @@ def _kind_of_group(config: ConfigDict, path: str) -> str | None:
 def is_choice(key: str) -> bool:
     """Whether a dotted key chooses a component."""
     return key in _FLAT_CHOICES or key.endswith(".name")
+
+
+def make_choices(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """Chooses the components that `changes`, values under dotted keys, name; returns the same config, completed.
+
+    Outer choices come before inner ones, and `imports`, given as a tuple or as text, before both.
+
+    Raises:
+      ValueError: there is no such component, or a module cannot be imported.
+    """
+    if "imports" in changes:
+        config.imports = tuple(re.findall(r"[\w.]+", str(changes["imports"])))
+        import_modules(config)
+    for key in sorted(filter(is_choice, changes), key=lambda key: key.count(".")):
+        choose(config, key, changes[key])
+    return complete(config)
+
+
+def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with other values, under dotted keys as on the command line; old names of keys work too.
+
+    Raises:
+      ValueError: a key is unknown, a value has another type, or as `make_choices`.
+    """
+    changes = {migrations.today(key): value for key, value in changes.items()}
+    config = make_choices(copy.deepcopy(config).unlock(), changes)
+    values = {key: value for key, value in changes.items() if key != "imports" and not is_choice(key)}
+    check_keys(values, flatten(config))
+    try:
+        config.update_from_flattened_dict(values)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return config
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest known key, if one of the dotted keys is not known."""
+    check_names((f"config.{key}" for key in keys), [f"config.{key}" for key in known], "key")
 
 
 def apply_size(config: ConfigDict, size: str) -> None:

@@ -1,7 +1,6 @@
-"""Trains: python -m diffussm_jax.main --config=configs/digits.py --workdir=runs/digits
+"""Trains a model: python -m diffussm_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Any value of the config may be given after it, --config.optimizer.learning_rate=3e-4. The same command again resumes
-the run.
+Flags override config values, --config.optimizer.learning_rate=3e-4. Repeat the command to resume the run.
 """
 
 import signal
@@ -18,21 +17,19 @@ from diffussm_jax.validation import validate
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run: config, metrics, checkpoints and samples; may be gs://."
+    "workdir", None, "Folder for config, metrics, checkpoints and samples of the run; may be gs://."
 )
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed", "auto", "auto, none, or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID (`cli.join_hosts`)."
 )
 _PROFILE_STEPS = flags.DEFINE_string(
-    "profile_steps", None, "FIRST:LAST, steps to trace for XProf into WORKDIR/profile, such as 100:105."
+    "profile_steps", None, "Steps to trace for XProf into WORKDIR/profile: FIRST:LAST, such as 100:105."
 )
-_WANDB_PROJECT = flags.DEFINE_string(
-    "wandb_project", None, "A project of Weights & Biases to send the metrics to (extra wandb)."
-)
+_WANDB_PROJECT = flags.DEFINE_string("wandb_project", None, "Weights & Biases project for the metrics (extra wandb).")
 
 
 def describe(config: ConfigDict) -> str:
-    """One line on the config's model: its parameters, sequence, and multiply-adds, without building any array."""
+    """One line about the model: parameters, sequence length, and multiply-adds. Allocates no arrays."""
     parts = Parts(config)
     if not parts.trains_model:
         return f"task {config.task.name}"
@@ -44,11 +41,11 @@ def describe(config: ConfigDict) -> str:
     )
     if not costs.multiply_adds:
         return line
-    return f"{line}, {costs.total / 1e9:.3f} G multiply-adds a forward pass of one image in the linear layers"
+    return f"{line}, {costs.total / 1e9:.3f} G multiply-adds per image in the linear layers (forward)"
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:
-    """100:105 to (100, 105); ValueError for anything else but None."""
+    """Parses "100:105" to (100, 105). Raises ValueError if malformed."""
     if text is None:
         return None
     first, _, last = text.partition(":")
@@ -58,7 +55,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
 
 
 def main() -> int:
-    """Trains as the flags say; returns the exit code: 0 when done, 130 when stopped by Ctrl-C, 75 by SIGTERM."""
+    """Trains, and returns the exit code: 0 when done, 130 after Ctrl-C, 75 after SIGTERM."""
     config, workdir = _CONFIG.value, _WORKDIR.value
     if config is None or workdir is None:
         raise app.UsageError("give --config=configs/digits.py (or another file of configs/) and --workdir=FOLDER")
@@ -76,7 +73,7 @@ def main() -> int:
         message = f"Done. Samples, metrics and checkpoints are in {workdir}."
     else:
         name = signal.Signals(stopped_by).name
-        message = f"Stopped by {name}, saved in {workdir}; the same command goes on from there."
+        message = f"Stopped by {name}, saved in {workdir}. Repeat the command to resume."
     if is_first_process:
         print(message, flush=True)
     if stopped_by == signal.SIGTERM:

@@ -22,6 +22,11 @@ MOVED = {
 }
 
 
+def today(key: str) -> str:
+    """The name that a dotted key has now."""
+    return MOVED.get(key, key)
+
+
 def stamp(values: dict) -> dict:
     """A plain config with the number of today's format."""
     return {_KEY: FORMAT, **values}

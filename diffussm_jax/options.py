@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 NOT_AN_OPTION = "not an option"
 CHANGEABLE_ON_RESUME = "changeable on resume"
+_MAX_LISTED = 30
 _PLAIN = (bool, int, float, str, tuple)
 
 
@@ -137,13 +138,14 @@ def check_options(component, values: Mapping[str, Any] | None = None, *, without
 
 
 def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raises ValueError, with the nearest known name, if one of `names` is not among the known ones."""
+    """Raises ValueError, naming the nearest known name (and all if they are few), if one of `names` is not known."""
     known = sorted(known)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f' Did you mean "{near[0]}"?' if near else ""
-            raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(known)}.{hint}")
+            choices = f"; choose one of {', '.join(known)}" if len(known) <= _MAX_LISTED else ""
+            raise ValueError(f"unknown {what} {name!r}{choices}.{hint}")
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:

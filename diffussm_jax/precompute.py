@@ -1,15 +1,14 @@
-"""Makes a data set of latents from images, through a frozen autoencoder:
+"""Precomputes a latent data set from images with a frozen autoencoder.
 
     python -m diffussm_jax.precompute --source=ILSVRC2012_img_train.tar --out=latents/imagenet256 --image_size=256 \\
         --vae=stabilityai/sd-vae-ft-ema
 
-A source is what `data.sources.open_source` reads: a folder, a zip or tar of images, LSUN's LMDB, a TFDS data set.
-Images are cropped at the centre as ADM does. The format of the result is that of `data.latents`. The same command
-again, after a stop of any kind, goes on with the shards that are not finished; --verify reads all of a finished split
-again.
+`data.sources.open_source` lists the sources: a folder, a zip or tar of images, LSUN's LMDB, a TFDS data set. Images are
+centre-cropped as in ADM. `data.latents` describes the output format. To resume after any interruption, repeat the
+command: it makes the missing shards. --verify checks a finished split.
 
-Every local device takes its part of each batch. Where each of several hosts runs the command (TPU pods, SLURM, or
---distributed), each makes its share of the shards.
+Each batch is split over the local devices. With several hosts (TPU pods, SLURM, or --distributed) each host makes its
+share of the shards.
 """
 
 import signal
@@ -25,30 +24,30 @@ from diffussm_jax.data.sources import open_source
 from diffussm_jax.data.transforms import save_png
 from diffussm_jax.precompute_job import Job, check_finished, draw_reconstructions, precompute
 
-_FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
+_FLAGS = flags.FlagValues()  # of its own, so that several programs can be imported together
 _SOURCE = flags.DEFINE_string(
-    "source", None, "A folder, zip or tar of images, an LSUN LMDB, or tfds:NAME.", flag_values=_FLAGS
+    "source", None, "Folder, zip or tar of images, LSUN LMDB, or tfds:NAME.", flag_values=_FLAGS
 )
-_SPLIT = flags.DEFINE_string("split", "train", "The name of the split that is written.", flag_values=_FLAGS)
+_SPLIT = flags.DEFINE_string("split", "train", "Name of the split to write.", flag_values=_FLAGS)
 _SOURCE_SPLIT = flags.DEFINE_string(
-    "source_split", "", "Of the source: a top folder (empty: all), or the digits' or TFDS's.", flag_values=_FLAGS
+    "source_split", "", "Split of the source: a top-level folder (empty: all), or a TFDS split.", flag_values=_FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "The folder of the data set.", flag_values=_FLAGS)
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "In pixels, after the crop.", lower_bound=1, flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "Folder of the data set.", flag_values=_FLAGS)
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Pixels after the crop.", lower_bound=1, flag_values=_FLAGS)
 _VAE = flags.DEFINE_string(
     "vae", "stabilityai/sd-vae-ft-ema", "A diffusers folder or repository of an AutoencoderKL.", flag_values=_FLAGS
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the encoder's layers.", flag_values=_FLAGS)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Encoder dtype.", flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Images at a time, over the local devices.", lower_bound=1, flag_values=_FLAGS
+    "batch_size", 32, "Images per batch, over all local devices.", lower_bound=1, flag_values=_FLAGS
 )
-_SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Images of a shard.", lower_bound=1, flag_values=_FLAGS)
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Images per shard.", lower_bound=1, flag_values=_FLAGS)
 _MAX_BAD_FRACTION = flags.DEFINE_float(
-    "max_bad_fraction", 0.01, "Stops when more images are broken.", 0.0, 1.0, flag_values=_FLAGS
+    "max_bad_fraction", 0.01, "Fails if more images are broken.", 0.0, 1.0, flag_values=_FLAGS
 )
-_NUM_THREADS = flags.DEFINE_integer("num_threads", 8, "That read and decode images.", lower_bound=1, flag_values=_FLAGS)
+_NUM_THREADS = flags.DEFINE_integer("num_threads", 8, "Image reader threads.", lower_bound=1, flag_values=_FLAGS)
 _VERIFY = flags.DEFINE_bool(
-    "verify", False, "Checks a finished split, and draws originals beside reconstructions.", flag_values=_FLAGS
+    "verify", False, "Verifies a finished split, and draws originals and reconstructions.", flag_values=_FLAGS
 )
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
@@ -59,14 +58,14 @@ _DISTRIBUTED = flags.DEFINE_string(
 
 
 def main() -> int:
-    """Precomputes or verifies as the flags say; returns the exit code: 0, or 130 when stopped by Ctrl-C."""
+    """Precomputes or verifies. Returns the exit code: 0, or 130 after Ctrl-C."""
     if _SOURCE.value is None or _OUT.value is None:
         raise app.UsageError("give --source=IMAGES and --out=FOLDER")
     cli.join_hosts(_DISTRIBUTED.value)
     cli.keep_freed_memory()
     out = epath.Path(_OUT.value)
     if _VERIFY.value:
-        card = latents.verify(out, _SPLIT.value)  # before the weights are read
+        card = latents.verify(out, _SPLIT.value)  # before loading the weights
         print(f"{card['num_records']:,} records in {len(card['shards'])} shards are as their card says.", flush=True)
     vae, params = from_diffusers(_VAE.value, dtype=_DTYPE.value)
     job = Job(
@@ -86,12 +85,12 @@ def main() -> int:
         check_finished(job, job.settings())
         path = out / f"verified-{job.split}.png"
         save_png(path, draw_reconstructions(job))
-        print(f"Originals and, below, reconstructions: {path}")
+        print(f"Originals (above) and reconstructions (below): {path}")
         return 0
     try:
         card = precompute(job)
     except KeyboardInterrupt:
-        print(f"Stopped; finished shards are kept in {out}, and the same command goes on from there.", file=sys.stderr)
+        print(f"Stopped; finished shards are kept in {out}. Repeat the command to resume.", file=sys.stderr)
         return 128 + signal.SIGINT
     print(
         f"{card['num_records']:,} latents of {card['num_images']:,} images ({len(card['skipped'])} skipped) in {out}, "

@@ -1,8 +1,7 @@
-"""Makes one split of a data set of latents; the work behind `diffussm_jax.precompute`.
+"""Precomputes one split of a latent data set; the implementation of `diffussm_jax.precompute`.
 
-Shards are written one after the other, each as a whole or not at all, and what is known about a finished shard is kept
-beside it until the split is complete. So the same job, after a stop of any kind, goes on with the shards that are
-missing, and writes the same bytes.
+Shards are written in order and atomically. Records of the finished shards are kept until the split is complete, so that
+the same job resumes after any interruption with the missing shards, and writes the same bytes.
 """
 
 import collections
@@ -17,7 +16,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorflow_datasets  # noqa: F401 - before threads run: it replaces `__import__` while it is imported
+import tensorflow_datasets  # noqa: F401 - before threads start: its import replaces `__import__`
 from etils import epath
 from tqdm import tqdm
 
@@ -30,25 +29,21 @@ from diffussm_jax.io import write_whole
 from diffussm_jax.parallel.mesh import make_mesh, over_batch, replicated
 
 _NUM_VERIFIED_IMAGES = 8
-_IN_FLIGHT = 2  # batches on the devices while earlier ones are written
+_IN_FLIGHT = 2  # batches on the devices while earlier batches are written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one split is made of.
+    """The inputs and settings of one split.
 
     Attributes:
-      source: of the images.
       out: folder of the data set.
-      split: to write.
-      image_size: in pixels.
+      image_size: pixels.
       vae_name: for the card.
-      vae: the autoencoder.
-      params: of it.
-      batch_size: images at a time; a batch never crosses a shard.
-      shard_size: images of a shard, those that turn out broken included.
-      max_bad_fraction: of all images.
-      num_threads: that decode.
+      batch_size: images per batch; a batch never crosses shards.
+      shard_size: images per shard, including broken images.
+      max_bad_fraction: the allowed fraction of broken images.
+      num_threads: decoding threads.
     """
 
     source: Source
@@ -72,11 +67,11 @@ class Job:
         return math.ceil(len(self.source) / self.shard_size)
 
     def shard_range(self, shard: int) -> range:
-        """The items of the source that a shard is made of."""
+        """The source's items in a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.source)))
 
     def settings(self) -> dict:
-        """All that decides the content of the shards, for the card."""
+        """All settings that determine the content of the shards, for the card."""
         size = self.image_size // self.vae.downsampling
         return {
             "source": self.source.description,
@@ -99,7 +94,7 @@ class Job:
 
 
 def _differences(before: dict, now: dict) -> list[str]:
-    """What differs between settings. Of source and autoencoder the fingerprints count, not their names."""
+    """Lists differing settings. Source and autoencoder are compared by fingerprint, not by name."""
 
     def flat(settings):
         named = {f"vae.{key}": value for key, value in settings.get("vae", {}).items() if key != "name"}
@@ -110,7 +105,7 @@ def _differences(before: dict, now: dict) -> list[str]:
 
 
 class _Progress:
-    """What is known of a split that is being made: a file for its settings and one for each finished shard."""
+    """The progress of an unfinished split: a file for its settings and one per finished shard."""
 
     def __init__(self, job: Job, settings: dict):
         self._job, self._folder = job, job.folder / f"unfinished-{job.split}"
@@ -128,28 +123,28 @@ class _Progress:
         return self._folder / f"{shard:05d}.json"
 
     def read(self, shard: int) -> dict | None:
-        """What `finished` wrote, if the shard is there."""
+        """Reads what `finished` wrote, or None if the shard does not exist."""
         if not self._path(shard).exists():
             return None
         note = json.loads(self._path(shard).read_text())
         return note if latents.has_shard(self._job.folder, note["shard"]) else None
 
     def finished(self, shard: int, about: dict, skipped: list[dict]) -> None:
-        """Notes a shard that is there under its name."""
+        """Records a finished shard."""
         write_whole(self._path(shard), json.dumps({"shard": about, "skipped": skipped}))
 
     def delete(self) -> None:
-        """Ends it: the card says all of it."""
+        """Deletes the records, which the card replaces."""
         self._folder.rmtree()
 
 
 def make_encoder(job: Job) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
-    """Images [b, S, S, 3] uint8 to mean and log_std [b, 2, H, W, C] float16, of each image and its mirror image.
+    """Makes a function from images [b, S, S, 3] uint8 to mean and log_std [b, 2, H, W, C] float16.
 
-    The batch is spread over the local devices.
+    Index 1 of axis 1 is the mirror image. The batch is split over the local devices.
 
     Raises:
-      ValueError: the batch size is not a multiple of their number.
+      ValueError: the batch size is not a multiple of the number of local devices.
     """
     devices = jax.local_devices()
     if job.batch_size % len(devices):
@@ -165,7 +160,7 @@ def make_encoder(job: Job) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]
     params = jax.device_put(job.params, replicated(mesh))
 
     def encode_batch(images):
-        with jax.default_matmul_precision("float32"):  # TPUs and GPUs round products otherwise, and latents are kept
+        with jax.default_matmul_precision("float32"):  # TPUs and GPUs would round products of stored latents
             return jitted(params, jax.device_put(images, over_batch(mesh)))
 
     return encode_batch
@@ -173,7 +168,7 @@ def make_encoder(job: Job) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-    """One image, or why there is none."""
+    """One image, or the reason why it is missing."""
 
     index: int
     image: np.ndarray | None
@@ -183,7 +178,7 @@ class _Item:
 
 
 def _text(name: str) -> str:
-    """A file's name as UTF-8 can hold it: bytes that are none are escaped."""
+    """Escapes bytes of a file name that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -198,9 +193,9 @@ def _read(job: Job, index: int) -> _Item:
 
 
 def _items(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Item]]]:
-    """(shard, its next items, a batch of them) in order, and an empty list at the end of each shard; read by threads.
+    """Yields (shard, next batch of items) in order, with an empty batch at the end of each shard. Threads read ahead.
 
-    A batch holds `batch_size` images and those broken among them.
+    A batch has `batch_size` images, plus the broken items between them.
     """
     indices = [i for shard in shards for i in job.shard_range(shard)]
     options = grain.ReadOptions(num_threads=job.num_threads, prefetch_buffer_size=4 * job.batch_size)
@@ -218,13 +213,13 @@ def _items(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Item]]]:
 
 
 def _encoded(job: Job, encode, shards: list[int]) -> Iterator[tuple[int, list[_Item], tuple | None]]:
-    """`_items` with their latents, a few batches encoded ahead of the one that is taken."""
+    """Yields `_items` with their latents. A few batches are encoded ahead."""
     ahead: collections.deque = collections.deque()
     for shard, batch in _items(job, shards):
         images = [item.image for item in batch if item.image is not None]
         encoded = None
         if images:
-            padding = [np.zeros_like(images[0])] * (job.batch_size - len(images))  # one shape, one compilation
+            padding = [np.zeros_like(images[0])] * (job.batch_size - len(images))  # one shape avoids recompilation
             encoded = encode(np.stack(images + padding))
         ahead.append((shard, batch, encoded))
         if len(ahead) > _IN_FLIGHT:
@@ -233,14 +228,11 @@ def _encoded(job: Job, encode, shards: list[int]) -> Iterator[tuple[int, list[_I
 
 
 def precompute(job: Job) -> dict:
-    """Makes a split of a data set of latents, or what is missing of it.
-
-    Returns:
-      Its card.
+    """Makes the missing shards of a split, and returns its card.
 
     Raises:
-      ValueError: the folder holds this split with other settings, the image size is no multiple of the autoencoder's
-        downsampling, or more than `max_bad_fraction` of the images are broken. What is finished is kept.
+      ValueError: the folder has this split with other settings, the image size is not a multiple of the autoencoder's
+        downsampling, or more than `max_bad_fraction` of the images are broken. Finished shards are kept.
     """
     if job.image_size % job.vae.downsampling:
         raise ValueError(
@@ -264,11 +256,11 @@ def precompute(job: Job) -> dict:
 
 
 def _finish(job: Job, progress: _Progress, settings: dict) -> None:
-    """Writes the card, when all hosts have written their shards."""
+    """Writes the card after all hosts have written their shards."""
     notes = [progress.read(shard) for shard in range(job.num_shards)]
     lost = [shard for shard, note in enumerate(notes) if note is None]
     if lost:
-        raise ValueError(f"shards {lost} are not in {job.folder}: do all hosts see the same folder?")
+        raise ValueError(f"shards {lost} are missing in {job.folder}: do all hosts share this folder?")
     skipped = [item for note in notes for item in note["skipped"]]
     _check_bad(job, skipped)
     latents.write_card(job.folder, job.split, settings, [note["shard"] for note in notes], skipped)
@@ -277,7 +269,7 @@ def _finish(job: Job, progress: _Progress, settings: dict) -> None:
 
 @contextlib.contextmanager
 def _on_all_hosts():
-    """Waits at the end for all hosts to come there; where one failed, all fail, instead of waiting for it for ever."""
+    """A barrier at the end for all hosts. If one host failed, all raise instead of waiting forever."""
     if jax.process_count() == 1:
         yield
         return
@@ -292,11 +284,11 @@ def _on_all_hosts():
     if error is not None:
         raise error
     if have_failed.any():
-        raise ValueError(f"host {have_failed.argmax()} failed, and says why; finished shards are kept")
+        raise ValueError(f"host {have_failed.argmax()} failed, see its error; finished shards are kept")
 
 
 def check_finished(job: Job, settings: dict) -> dict:
-    """The card of a finished split; ValueError if it is of something else than the job's, however it was cut."""
+    """Reads the card of a finished split. Raises ValueError if its settings differ, apart from batch and shard size."""
     card = latents.read_card(job.folder, job.split)
     content = {key: value for key, value in settings.items() if key not in ("batch_size", "shard_size")}
     differing = _differences(card, content)
@@ -309,7 +301,7 @@ def check_finished(job: Job, settings: dict) -> dict:
 
 
 def _write_shards(job: Job, encode, progress: _Progress, shards: list[int], settings: dict) -> None:
-    """Makes shards, in order, and notes each when it is finished."""
+    """Makes shards in order, and records each finished shard."""
     todo = sum(len(job.shard_range(shard)) for shard in shards)
     finished = [note for shard in range(job.num_shards) if (note := progress.read(shard))]
     all_skipped, started = [item for note in finished for item in note["skipped"]], time.time()
@@ -352,14 +344,14 @@ def _check_bad(job: Job, skipped: list[dict]) -> None:
 
 
 def _log(out: epath.Path, line: str) -> None:
-    """Adds a line, with its time, to a log beside the data: nothing in the data depends on when it was made."""
+    """Appends a line with the time to a log file. The data itself has no times, so that it is reproducible."""
     path = out / f"precompute-{jax.process_index()}.log"
     before = path.read_text() if path.exists() else ""
     path.write_text(f"{before}{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
 def draw_reconstructions(job: Job) -> np.ndarray:
-    """Originals, and below each its latent decoded, of some images spread over a finished split: a picture, uint8."""
+    """A uint8 picture of originals, above their reconstructions, for images spread over a finished split."""
     records = latents.Latents(job.folder, job.split)
     skipped = [item["index"] for item in records.card["skipped"]]
     kept = np.setdiff1d(np.arange(len(job.source)), skipped)

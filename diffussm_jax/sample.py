@@ -1,4 +1,4 @@
-"""Samples from a run: python -m diffussm_jax.sample --workdir=runs/digits --num_samples=100 --out=digits
+"""Samples images from a run: python -m diffussm_jax.sample --workdir=runs/digits --num_samples=100 --out=digits
 
 Writes OUT.png, a grid, and OUT.npz in ADM's convention: arr_0 uint8 [N, H, W, C], arr_1 int labels [N].
 """
@@ -12,40 +12,38 @@ from diffussm_jax import cli
 from diffussm_jax.data.transforms import image_grid, save_png
 from diffussm_jax.run import load_run
 
-_FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a run that main made.", flag_values=_FLAGS)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1, flag_values=_FLAGS)
+_FLAGS = flags.FlagValues()  # of its own, so that several programs can be imported together
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of diffussm_jax.main.", flag_values=_FLAGS)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "Number of images.", lower_bound=1, flag_values=_FLAGS)
 _LABELS = flags.DEFINE_list(
-    "labels", None, "The classes, taken in turn, as 0,3,7; all if not given.", flag_values=_FLAGS
+    "labels", None, "Classes, such as 0,3,7; images cycle through them. Default: all.", flag_values=_FLAGS
 )
 _GUIDANCE_SCALE = flags.DEFINE_float(
-    "guidance_scale", None, "1 is none; the config's if not given.", lower_bound=0.0, flag_values=_FLAGS
+    "guidance_scale", None, "Guidance scale; 1 disables guidance. Default: config.", lower_bound=0.0, flag_values=_FLAGS
 )
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, heun, ...; the config's if not given.", flag_values=_FLAGS)
+_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, heun, ... Default: config.", flag_values=_FLAGS)
 _STEPS = flags.DEFINE_integer(
-    "steps", None, "Steps of the sampler; the config's if not given.", lower_bound=1, flag_values=_FLAGS
+    "steps", None, "Number of sampling steps. Default: config.", lower_bound=1, flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "Where to write, without ending; WORKDIR/samples/final if not given.", flag_values=_FLAGS
+    "out", None, "Output path without extension. Default: WORKDIR/samples/final.", flag_values=_FLAGS
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", flag_values=_FLAGS)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1, flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=_FLAGS)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per batch.", lower_bound=1, flag_values=_FLAGS)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=_FLAGS
 )
 _EMA_SIGMA = flags.DEFINE_float(
-    "ema_sigma", None, "Relative length of a post-hoc EMA, such as 0.08; else the checkpoint's.", flag_values=_FLAGS
+    "ema_sigma", None, "Relative length of a post-hoc EMA, such as 0.08. Default: checkpoint's EMA.", flag_values=_FLAGS
 )
-_VAE = flags.DEFINE_string(
-    "vae", None, "The autoencoder that decodes latents; the config's if not given.", flag_values=_FLAGS
-)
+_VAE = flags.DEFINE_string("vae", None, "Autoencoder that decodes latents. Default: config.", flag_values=_FLAGS)
 
 _GRID_COLUMNS = 10
 _MAX_GRID_IMAGES = 100
 
 
 def save_samples(images: np.ndarray, labels: np.ndarray, out: epath.PathLike) -> tuple[epath.Path, epath.Path]:
-    """Writes OUT.png, a grid of at most 100 images, and OUT.npz (arr_0 images, arr_1 labels); returns the two paths."""
+    """Writes OUT.png, a grid of at most 100 images, and OUT.npz (arr_0 images, arr_1 labels). Returns both paths."""
     out = epath.Path(out)
     if out.suffix in (".png", ".npz"):
         out = out.with_suffix("")
@@ -58,11 +56,11 @@ def save_samples(images: np.ndarray, labels: np.ndarray, out: epath.PathLike) ->
 
 
 def main() -> int:
-    """Samples as the flags say; returns the exit code."""
+    """Samples images, and returns the exit code."""
     if _WORKDIR.value is None:
         raise app.UsageError("give --workdir=FOLDER, the folder of a run")
     if _LABELS.value is not None and not all(label.strip().isdecimal() for label in _LABELS.value):
-        raise ValueError(f"--labels must be whole numbers with commas between, got {','.join(_LABELS.value)}")
+        raise ValueError(f"--labels must be whole numbers separated by commas, got {','.join(_LABELS.value)}")
     cli.keep_freed_memory()
     overrides = {"guidance_scale": _GUIDANCE_SCALE.value, "sampler": _SAMPLER.value, "num_steps": _STEPS.value}
     run = load_run(

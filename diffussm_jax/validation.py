@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from diffussm_jax import config as config_lib
 from diffussm_jax import registry
 from diffussm_jax.build import Parts
-from diffussm_jax.options import Option, check_names, flatten, options_of
+from diffussm_jax.options import Option, flatten, options_of
 from diffussm_jax.parallel.mesh import mesh_shape
 from diffussm_jax.parallel.sharding import spec_of
 
@@ -51,7 +51,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     config = config_lib.complete(copy.deepcopy(config))
     known, values = known_options(config), flatten(config)
     values = {key: value for key, value in values.items() if not isinstance(value, ConfigDict)}  # empty groups
-    check_names((f"config.{key}" for key in values), [f"config.{key}" for key in known], "key")
+    config_lib.check_keys(values, known)
     for key, option in known.items():
         option.check(f"config.{key}", values[key])
     _check_combinations(config, num_devices)

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the scripts of this folder share. It is sourced, not run.
+# Shared functions of the scripts in this folder. Source it, do not run it.
 #
-# A script declares `flag` (its flags and their defaults) and `switches` (those of them that take no value), and calls
-# parse_flags; then `program` is train or precompute, and `program_flags` is what stood behind it.
+# A script declares `flag` (flags and defaults) and `switches` (flags without a value), and calls parse_flags. That sets
+# `program` to train or precompute, and `program_flags` to the arguments after it.
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION" >&2
@@ -21,7 +21,7 @@ say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; } # the comment at the top of the script
 
-quoted() { # COMMAND...: on one line, so that it can be pasted into a shell
+quoted() { # COMMAND...: prints it on one line, quoted for a shell
   local word line=""
   for word in "$@"; do
     [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
@@ -30,7 +30,7 @@ quoted() { # COMMAND...: on one line, so that it can be pasted into a shell
   printf '%s\n' "$line"
 }
 
-run() { # COMMAND...: runs it, or prints it in a dry run
+run() { # COMMAND...: runs it; prints it in a dry run
   if [[ -n ${flag[dry_run]} ]]; then quoted "$@"; else "$@"; fi
 }
 
@@ -66,7 +66,7 @@ parse_flags() { # ARGUMENTS...
   die "no command is given; allowed are train and precompute, with their flags behind them"
 }
 
-check() { # NAME REGEX ALLOWED: of a flag's value
+check() { # NAME REGEX ALLOWED: checks the value of a flag
   [[ -n ${flag[$1]} ]] || die "--$1 is missing; it must be $3"
   [[ ${flag[$1]} =~ ^($2)$ ]] || die "--$1 must be $3, got '${flag[$1]}'"
 }
@@ -77,7 +77,7 @@ check_positive() { check "$1" '[1-9][0-9]*' "a whole number above 0"; }
 
 check_seconds() { check "$1" '[0-9]+(\.[0-9]+)?' "a number of seconds"; }
 
-check_program_exists() { # NAME...: on the PATH, unless it is a dry run
+check_program_exists() { # NAME...: checks the PATH, except in a dry run
   local name
   for name in "$@"; do
     [[ -n ${flag[dry_run]} ]] || command -v "$name" > /dev/null ||
@@ -85,7 +85,7 @@ check_program_exists() { # NAME...: on the PATH, unless it is a dry run
   done
 }
 
-check_place() { # FLAG VALUE WHERE read|write: a path that a program reads or writes
+check_place() { # FLAG VALUE WHERE read|write: checks a path that a program reads or writes
   [[ -n $2 ]] || die "$1 needs a value: $1=PATH"
   if [[ $2 == *://* ]]; then
     [[ $2 =~ ^gs://[a-z0-9][a-z0-9._-]*/.+$ ]] || die "$1 must be gs://BUCKET/PATH or a local path, got '$2'"
@@ -100,8 +100,8 @@ check_place() { # FLAG VALUE WHERE read|write: a path that a program reads or wr
   fi
 }
 
-# check_program WHERE PYTHON: checks program_flags and makes `program_command` of them. WHERE is local (this machine),
-# shared (nodes with one file system) or cloud (machines whose disks vanish). `config_file` is that of train's config.
+# check_program WHERE PYTHON: checks program_flags, and sets `program_command` and `config_file` (the config of train).
+# WHERE is local (this machine), shared (nodes with a shared file system) or cloud (machines with ephemeral disks).
 check_program() {
   local argument name value config="" workdir="" source="" out="" distributed="" base=$root
   [[ $1 == local ]] && base=$PWD
@@ -138,13 +138,13 @@ check_program() {
   fi
 }
 
-pause() { # SECONDS: unlike sleep alone, a signal's trap interrupts it
+pause() { # SECONDS: sleeps; unlike plain sleep, a trap interrupts it
   sleep "$1" > /dev/null 2>&1 &
   wait $!
 }
 
-# start COMMAND...: in the background, as `child`, in a process group of its own. Ctrl-C reaches only this script, which
-# decides what to tell the command; and the command does not ignore SIGINT, as background processes of scripts do.
+# start COMMAND...: runs it in the background, as `child`, in its own process group. So Ctrl-C reaches only this script,
+# which decides what signal to send, and the command does not ignore SIGINT as other background processes do.
 start() {
   set -m
   "$@" < /dev/null &
@@ -153,9 +153,9 @@ start() {
   set +m
 }
 
-# supervise MAX_RESTARTS SECONDS: calls `attempt` until it returns an exit code that is final, and returns that. With 75
-# the program has saved and asks to be run again; 1 is an error that would come again, 130 the user's wish to stop; any
-# other code is a crash, after which it is run again so many times. Once a trap has set `stopped`, nothing is.
+# supervise MAX_RESTARTS SECONDS: calls `attempt` until its exit code is final, and returns it. 75: the program saved,
+# run it again. 1: an error that would repeat, final. 130: stopped by the user, final. Others: a crash, run it again up
+# to MAX_RESTARTS times. Nothing is run after a trap has set `stopped`.
 supervise() {
   local code restarts=0
   while true; do

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains or precomputes on a slice of a TPU in GKE: fills gke.yaml and hands it to kubectl.
+# Trains or precomputes on a TPU slice in GKE: fills in gke.yaml and applies it with kubectl.
 #
 #   launch/gke.sh [FLAGS] train --config=FILE --workdir=gs://BUCKET/FOLDER [FLAGS OF diffussm_jax.main]
 #   launch/gke.sh [FLAGS] precompute --source=IMAGES --out=gs://BUCKET/FOLDER [FLAGS OF diffussm_jax.precompute]
 #
-#   --name=NAME                      of the Job and its service
-#   --image=IMAGE                    with the package installed and configs/ in its working directory
+#   --name=NAME                      name of the Job and its service
+#   --image=IMAGE                    image with the package installed and configs/ in its working directory
 #   --accelerator=ACCELERATOR        such as tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice or tpu-v6e-slice
 #   --topology=TOPOLOGY              such as 2x2x4 or 4x4
-#   --chips_per_host=4               as the machine type of the node pool has them
-#   --service_account=NAME           of Kubernetes, which may write to the bucket
+#   --chips_per_host=4               chips per host of the node pool's machine type
+#   --service_account=NAME           Kubernetes service account with write access to the bucket
 #   --namespace=default
-#   --spot                           on nodes that are cheaper and may be preempted
-#   --grace=300                      seconds that the program has to save
-#   --max_restarts=10                after crashes; preemptions and exit code 75 do not count
-#   --dry_run                        prints the filled yaml, and applies none
+#   --spot                           uses Spot nodes: cheaper, may be preempted
+#   --grace=300                      seconds to save after SIGTERM
+#   --max_restarts=10                restarts after crashes; preemptions and exit code 75 do not count
+#   --dry_run                        prints the yaml without applying it
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -41,7 +41,7 @@ chips=$((${flag[topology]//x/*}))
 check_program cloud python
 check_program_exists kubectl
 
-json() { # WORDS...: as a list of strings
+json() { # WORDS...: prints them as a JSON list of strings
   local word list=""
   for word in "$@"; do
     [[ $word != *[[:cntrl:]]* ]] || die "a flag of $program has a control character: ${word@Q}"
@@ -61,7 +61,7 @@ fill() {
   for name in "${!value[@]}"; do
     text=${text//"\${$name}"/"${value[$name]}"}
   done
-  printf '%s\n' "${text/"\${COMMAND}"/"$(json "${program_command[@]}")"}" # last, since it may hold a ${NAME} of its own
+  printf '%s\n' "${text/"\${COMMAND}"/"$(json "${program_command[@]}")"}" # last, because it may contain ${NAME} itself
 }
 
 filled=$(fill)

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Trains or precomputes on this machine: makes a virtual environment, installs, runs, and runs again after a crash.
+# Trains or precomputes on this machine: creates a virtual environment, installs, runs, and restarts after a crash.
 #
 #   launch/local.sh [FLAGS] train --config=FILE --workdir=FOLDER [FLAGS OF diffussm_jax.main]
 #   launch/local.sh [FLAGS] precompute --source=IMAGES --out=FOLDER [FLAGS OF diffussm_jax.precompute]
 #
-#   --extra=none         what to install beside the package: none, or some of cuda12, cuda13, tpu, gcs, hub, lsun,
+#   --extra=none         extras of the package to install: none, or some of cuda12, cuda13, tpu, gcs, hub, lsun,
 #                        separated by commas
-#   --venv=.venv         the virtual environment; it is made when there is none
-#   --python=python3     what makes it: Python 3.11 or newer
-#   --max_restarts=10    after crashes; a run that saved and left (exit code 75) is always run again
-#   --pause=5            seconds before it is run again
-#   --log=FILE           appends what is printed to it
-#   --dry_run            prints the commands and runs none
+#   --venv=.venv         virtual environment; created if missing
+#   --python=python3     Python 3.11 or newer, to create the environment
+#   --max_restarts=10    restarts after crashes; a run that saved and exited (code 75) is always restarted
+#   --pause=5            seconds before a restart
+#   --log=FILE           appends the output to FILE
+#   --dry_run            prints the commands without running them
 #
-# Ctrl-C and SIGTERM are passed on; the program saves, and this script leaves with its exit code.
+# Ctrl-C and SIGTERM are forwarded. The program saves, and this script exits with its exit code.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -43,12 +43,12 @@ install() {
   fi
   if [[ ! $stamp -nt $root/setup.py ]]; then
     run "$venv/bin/python" -m pip install --quiet -e "$root$extras"
-    run touch "$stamp" # so that the same command again does not install again
+    run touch "$stamp" # repeating the command does not install again
   fi
 }
 
 # shellcheck disable=SC2329 # the traps call it
-forward() { # SIGNAL: to the program, which saves and leaves
+forward() { # SIGNAL: forwards it to the program, which saves and exits
   stopped=$1 interrupted=1
   [[ -z $child ]] || kill -s "$1" "$child" 2> /dev/null || true
 }
@@ -57,10 +57,10 @@ attempt() {
   local code=0 now
   start "${program_command[@]}"
   interrupted=1
-  while [[ -n $interrupted ]]; do # a signal ends `wait`, not the program
+  while [[ -n $interrupted ]]; do # a signal interrupts `wait`, not the program
     interrupted="" now=0
     wait "$child" || now=$?
-    ((now == 127)) || code=$now # 127: the `wait` before this one had its exit code already
+    ((now == 127)) || code=$now # 127: the previous `wait` already returned the exit code
   done
   child=""
   return "$code"

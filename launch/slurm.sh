@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Submits training or precomputing to a Slurm cluster. The job saves before its time is over, and when it is preempted,
-# and goes back into the queue by itself until it is done.
+# Submits training or precomputing to a Slurm cluster. The job saves before its time limit and on preemption, and
+# requeues itself until it is done.
 #
 #   launch/slurm.sh [FLAGS] train --config=FILE --workdir=FOLDER [FLAGS OF diffussm_jax.main]
 #   launch/slurm.sh [FLAGS] precompute --source=IMAGES --out=FOLDER [FLAGS OF diffussm_jax.precompute]
@@ -8,17 +8,18 @@
 #   --nodes=1
 #   --gpus_per_node=8
 #   --cpus_per_gpu=8
-#   --time=24:00:00         of one stay on the cluster, as Slurm writes it: minutes, HH:MM:SS or D-HH:MM:SS
-#   --partition=NAME        by default the cluster's
-#   --account=NAME          by default the user's
+#   --time=24:00:00         time limit per submission: minutes, HH:MM:SS or D-HH:MM:SS
+#   --partition=NAME        default: the cluster's
+#   --account=NAME          default: the user's
 #   --job_name=diffussm
-#   --venv=.venv            with the package installed; on a file system that all nodes share, like this repository
-#   --logs=logs             the folder of the job's log, shared too
-#   --grace=120             seconds before the end of its time at which the job is told to save
-#   --max_restarts=10       after crashes; the ends of its time and preemptions do not count
-#   --dry_run               prints the batch script, and submits none
+#   --venv=.venv            virtual environment with the package, on a file system shared by all nodes
+#   --logs=logs             folder of the job's log, also shared
+#   --grace=120             seconds before the time limit at which the job gets SIGTERM and saves
+#   --max_restarts=10       restarts after crashes; time limits and preemptions do not count
+#   --dry_run               prints the batch script without submitting it
 #
-# Paths are absolute or gs://; --config, --venv and --logs may be relative to the root of this repository.
+# This repository must be on the shared file system too. Paths are absolute or gs://; --config, --venv and --logs may be
+# relative to the root of the repository.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -44,8 +45,8 @@ check_program_exists sbatch
 [[ -n ${flag[dry_run]} || -x $python ]] ||
   die "--venv: there is no '$python'; python3 -m venv makes it, then install the package into it"
 
-# After the first process of a training run has left, the others have ten minutes: they hang, or still write the
-# checkpoint. The shares of precompute may be ready at very different times.
+# After the first process of a training run has exited, the others hang or still write the checkpoint: they get ten
+# minutes. The processes of precompute may finish at very different times.
 patience=600
 [[ $program == train ]] || patience=0
 
@@ -68,16 +69,16 @@ END
   cat << END
 
 set -uo pipefail
-trap : TERM # the processes get it too, and save; this script waits for them
+trap : TERM # the processes get it too and save; this script waits for them
 cd $(quoted "$root") || exit 1
 notes=$logs/${flag[job_name]}-\$SLURM_JOB_ID
 END
   cat << 'END'
 rm -f "$notes.code"
 
-# JAX finds the other processes through Slurm's variables, and takes the GPU whose number is SLURM_LOCALID. So there is
-# one process for each GPU, and each sees all GPUs of its node: none is bound. The exit code that counts is that of the
-# first process that fails: it is the cause, and the others leave because they miss it. srun would return the highest.
+# JAX finds the other processes through Slurm's variables, and uses GPU number SLURM_LOCALID. So there is one process
+# per GPU, and each sees all GPUs of its node (no binding). The exit code of the job is that of the first process to
+# fail, the cause: the others exit because they lose it. srun would return the highest code.
 # shellcheck disable=SC2016 # expanded by the inner shell
 END
   cat << END
@@ -95,7 +96,7 @@ END
 if [[ -s $notes.code ]]; then
   code=$(cat "$notes.code")
 elif ((code == 1)); then
-  code=255 # srun's own error, as of a node that is gone; no process left with 1
+  code=255 # an error of srun, such as a lost node; no process exited with 1
 fi
 rm -f "$notes.code"
 

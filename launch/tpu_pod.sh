@@ -1,28 +1,27 @@
 #!/usr/bin/env bash
-# Trains or precomputes on a slice of a Cloud TPU: asks for the slice and waits for it, copies and installs the code on
-# all its workers, runs the command on all of them, follows what they print, runs it again after a preemption or a
-# crash, and deletes the slice at the end.
+# Trains or precomputes on a Cloud TPU slice: requests it, waits for it, installs the code on all workers, runs the
+# command on them, follows their output, restarts after a preemption or a crash, and deletes the slice at the end.
 #
 #   launch/tpu_pod.sh [FLAGS] train --config=FILE --workdir=gs://BUCKET/FOLDER [FLAGS OF diffussm_jax.main]
 #   launch/tpu_pod.sh [FLAGS] precompute --source=IMAGES --out=gs://BUCKET/FOLDER [FLAGS OF diffussm_jax.precompute]
 #
-#   --name=NAME                 of the slice, and of the queued resource that brings it
+#   --name=NAME                 name of the slice and of its queued resource
 #   --zone=ZONE                 such as us-central2-b
 #   --accelerator_type=TYPE     such as v4-32, v5litepod-16, v5p-8 or v6e-16; not with --existing
-#   --runtime_version=VERSION   of the machines' image; by default the one that Google names for the type
-#   --project=PROJECT           by default gcloud's own
-#   --spot                      a slice that is cheaper and may be preempted; then it is deleted, and asked for again
-#   --existing                  uses the slice NAME as it is, and neither makes nor deletes one
-#   --keep                      does not delete the slice at the end
-#   --extras=tpu,gcs,hub        what is installed beside the package
-#   --max_restarts=10           after crashes; preemptions and runs that saved and left (exit code 75) do not count
-#   --grace=120                 seconds that the program has to save, when this script is stopped
-#   --poll=30                   seconds between two questions about the state, and before the program is run again
-#   --log=NAME.log              appends what the workers print to it
-#   --dry_run                   prints the commands and runs none
+#   --runtime_version=VERSION   image of the machines; default: Google's image for the type
+#   --project=PROJECT           default: gcloud's project
+#   --spot                      requests a Spot slice: cheaper, may be preempted, is then deleted and requested again
+#   --existing                  uses the existing slice NAME, and neither creates nor deletes a slice
+#   --keep                      keeps the slice at the end
+#   --extras=tpu,gcs,hub        extras of the package to install
+#   --max_restarts=10           restarts after crashes; preemptions and saved runs (exit code 75) do not count
+#   --grace=120                 seconds to save when this script is stopped
+#   --poll=30                   seconds between polls of the state, and before a restart
+#   --log=NAME.log              appends the output of the workers to this file
+#   --dry_run                   prints the commands without running them
 #
-# What is copied is HEAD of this repository, without changes that are not committed. Ctrl-C and SIGTERM let the program
-# save, and clean up.
+# The script copies HEAD of this repository, without uncommitted changes. On Ctrl-C and SIGTERM the program saves, and
+# the script cleans up.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -71,14 +70,14 @@ place=("--zone=${flag[zone]}" --quiet)
 [[ -z ${flag[project]} ]] || place+=("--project=${flag[project]}")
 queue=(gcloud compute tpus queued-resources)
 vm=(gcloud compute tpus tpu-vm)
-ssh_flags=("--ssh-flag=-o ServerAliveInterval=30" "--ssh-flag=-o ConnectTimeout=20") # a lost machine shows in minutes
+ssh_flags=("--ssh-flag=-o ServerAliveInterval=30" "--ssh-flag=-o ConnectTimeout=20") # finds lost machines in minutes
 queue_state=("${queue[@]}" describe "$name" "${place[@]}" "--format=value(state.state)")
 node_state=("${vm[@]}" describe "$name" "${place[@]}" "--format=value(state,networkEndpoints.len())")
 delete=("${queue[@]}" delete "$name" "${place[@]}" --force)
 session=$(date +%s)-$$
 child="" owned="" installed="" running="" run_id="" now="" workers=1 answers=0 number=0
 
-ask() { # COMMAND...: `now` is the state that describe answers, NOT_FOUND, or UNKNOWN after twenty other answers
+ask() { # COMMAND...: sets `now` to the state printed by describe, NOT_FOUND, or UNKNOWN after twenty failures
   local i answer
   for ((i = 0; i < 20; i++)); do
     answer=$("$@" 2>&1) || true
@@ -95,7 +94,7 @@ ask() { # COMMAND...: `now` is the state that describe answers, NOT_FOUND, or UN
   now=UNKNOWN
 }
 
-ready() { # whether the slice can be used; `workers` is how many machines it has
+ready() { # whether the slice can be used; sets `workers`, its number of machines
   local before=""
   while true; do
     ask "${node_state[@]}"
@@ -106,13 +105,13 @@ ready() { # whether the slice can be used; `workers` is how many machines it has
     [[ $now == "$before" ]] || say "the slice $name is ${now%%[[:space:]]*}"
     before=$now
     case ${now%%[[:space:]]*} in
-      CREATING | STARTING | RESTARTING | REIMAGING | REPAIRING) pause "${flag[poll]}" ;; # it will be ready by itself
+      CREATING | STARTING | RESTARTING | REIMAGING | REPAIRING) pause "${flag[poll]}" ;; # will become ready
       *) return 1 ;;
     esac
   done
 }
 
-patiently() { # COMMAND...: a signal does not have to wait for its end; what it prints goes to the log too
+patiently() { # COMMAND...: runs it so that a signal is handled at once; copies its output to the log
   local code=0
   # shellcheck disable=SC2016 # expanded by the inner shell
   start bash -o pipefail -c '"$@" 2>&1 | tee -a "$0"' "$log" "$@"
@@ -156,9 +155,9 @@ create() {
   done
 }
 
-# on_workers ID ACTION ARGUMENTS...: tpu_worker.sh on all of them. Returns 0 when all answered 0; 255 when one did not
-# answer, or its machine had started anew; else the code of the first that failed: the cause leaves first, the others
-# because they miss it.
+# on_workers ID ACTION ARGUMENTS...: runs tpu_worker.sh on all workers. Returns 0 if all returned 0; 255 if one did not
+# answer or its machine was restarted; else the code of the first worker to fail, which is the cause: the others exit
+# because they lose it.
 on_workers() {
   local code codes command
   command="bash diffussm_jax/launch/tpu_worker.sh $2 $1 $(quoted "${@:3}")"
@@ -168,9 +167,9 @@ on_workers() {
     quoted "${ssh[@]}"
     return
   fi
-  patiently "${ssh[@]}" || true # gcloud's exit code is that of one worker
+  patiently "${ssh[@]}" || true # gcloud returns the exit code of one worker
   mapfile -t codes < <(grep -ao "\[launch $1 worker [^ ]* exit [0-9]*\]" "$log" | tr -d ']' |
-    awk '!seen[$4]++ {print $6}') # of each worker, in the order in which they left
+    awk '!seen[$4]++ {print $6}') # one per worker, in the order of their exits
   answers=${#codes[@]}
   if ((answers < workers)); then
     say "$answers of $workers workers answered"
@@ -190,7 +189,7 @@ install() {
   on_workers "install-$session-$number" install "${flag[extras]}"
 }
 
-lost() { # whether the slice was preempted; it is deleted then, and the next attempt asks for another
+lost() { # whether the slice was preempted; deletes it, so that the next attempt requests another
   if ready || [[ $now == UNKNOWN ]]; then return 1; fi
   if [[ -n ${flag[existing]} ]]; then
     say "--existing makes no new slice; give the same command again when $name is back"
@@ -207,7 +206,7 @@ attempt() {
     if ! ready || ! install; then
       ! lost || return 75
       say "the code could not be installed"
-      return 255 # not 1, since the network may have failed
+      return 255 # not 1, because the network may have failed
     fi
     installed=1
   fi
@@ -220,7 +219,7 @@ attempt() {
   running=""
   if ((code == 255)); then
     ! lost || return 75
-    ((answers == workers)) || return 255 # the connection was lost: the same ID follows what still runs
+    ((answers == workers)) || return 255 # the connection was lost: the same ID follows the running program
   fi
   run_id=""
   return "$code"
@@ -228,7 +227,7 @@ attempt() {
 
 # shellcheck disable=SC2329 # the trap calls it
 cleanup() {
-  local code=$? interrupted=$child # which still follows the workers while they stop
+  local code=$? interrupted=$child # it still follows the workers while they stop
   trap - EXIT
   trap '' INT TERM
   [[ -z $running ]] || say "stopping $program, which has ${flag[grace]} seconds to save"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh calls on each worker of a slice, through ssh:
+# tpu_pod.sh calls this on each worker of a slice, through ssh:
 #
-#   tpu_worker.sh install ID EXTRAS      makes the virtual environment and installs the package
-#   tpu_worker.sh run ID COMMAND...      starts the command, follows what it prints, and waits for it
-#   tpu_worker.sh stop ID SECONDS        lets what runs save and leave; kills it after so many seconds
+#   tpu_worker.sh install ID EXTRAS      creates the virtual environment and installs the package
+#   tpu_worker.sh run ID COMMAND...      starts the command, follows its output, and waits for it
+#   tpu_worker.sh stop ID SECONDS        stops running commands with SIGTERM, and with SIGKILL after SECONDS
 #
-# Its last line is [launch ID worker HOST exit CODE]. tpu_pod.sh reads it, since gcloud returns the exit code of one
-# worker only. The command does not depend on the connection: gcloud connects again after a broken one and calls the
-# same `run`, which then goes on following.
+# Its last line is [launch ID worker HOST exit CODE]. tpu_pod.sh reads it, because gcloud returns the exit code of one
+# worker only. The command survives a broken connection: gcloud reconnects and calls the same `run`, which continues to
+# follow the output.
 
 set -euo pipefail
 
@@ -21,7 +21,7 @@ trap 'answer "$?"' EXIT
 install() { # EXTRAS
   cd "$root"
   if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
-    # The images for TPUs have Python 3.10; uv brings a newer one, and needs neither root nor python3-venv.
+    # TPU images have Python 3.10. uv installs a newer one, without root and python3-venv.
     rm -rf .venv
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --python=3.12 --seed .venv
@@ -29,9 +29,9 @@ install() { # EXTRAS
   .venv/bin/python -m pip install --quiet -e ".[$1]"
 }
 
-runs_now() { ! flock --nonblock "$1/lock" true; } # FOLDER: its lock is held as long as the command runs
+runs_now() { ! flock --nonblock "$1/lock" true; } # FOLDER: the command holds its lock while it runs
 
-stop() { # SECONDS: everything that was started here
+stop() { # SECONDS: stops all commands that were started here
   local folder pid
   for folder in "$runs"/*/; do
     if [[ -e $folder/pid ]] && runs_now "$folder"; then
@@ -43,7 +43,7 @@ stop() { # SECONDS: everything that was started here
   done
 }
 
-begin() { # FOLDER COMMAND...: in a session of its own, which a broken connection does not end
+begin() { # FOLDER COMMAND...: starts it in its own session, which survives a broken connection
   local folder=$1
   : > "$folder/log"
   exec 9> "$folder/lock"
@@ -60,7 +60,7 @@ begin() { # FOLDER COMMAND...: in a session of its own, which a broken connectio
   exec 9>&-
 }
 
-follow() { # FOLDER: returns the command's exit code, or 255 when it vanished, as by a restart of the machine
+follow() { # FOLDER: returns the command's exit code, or 255 if it vanished, as after a restart of the machine
   local supervisor lines=20
   [[ -z $begun ]] || lines=+1
   for ((i = 0; i < 100; i++)); do
@@ -84,8 +84,8 @@ case $action in
     cd "$root"
     begun=""
     mkdir -p "$runs"
-    if mkdir "$runs/$id" 2> /dev/null; then # not when gcloud has connected again
-      stop 120 # what an attempt before this one left, since only one process can use a TPU
+    if mkdir "$runs/$id" 2> /dev/null; then # fails if gcloud has reconnected
+      stop 120 # a previous attempt, because only one process can use a TPU
       begun=1
       begin "$runs/$id" "$@"
     fi

@@ -18,8 +18,9 @@ from jax.interpreters import partial_eval
 from tiny import tiny_config
 
 from diffussm_jax import plan as plan_lib
-from diffussm_jax.build import build_model, input_shape
-from diffussm_jax.config import load_config
+from diffussm_jax.build import Parts
+from diffussm_jax.config import load_config, override
+from diffussm_jax.models import Costs
 from diffussm_jax.parallel.hlo import Collective
 from diffussm_jax.parallel.topology import compile_only_devices, parse_machine
 
@@ -46,14 +47,17 @@ def small_config(method="recurrent", **changes):
     config = tiny_config()
     config.data.image_size = 16  # L = 256, four chunks
     config.model.width = 32
-    config.model.ssm_method = method
-    config.model.update(changes)
-    return config
+    return override(config, {f"model.{key}": value for key, value in {"ssm_method": method, **changes}.items()})
+
+
+def costs(config, platform="cpu"):
+    parts = Parts(config, platform=platform)
+    return parts.model.costs(parts.input_shape)
 
 
 def forward_and_gradient(config):
     """Functions of (params, batch size), and the parameters' shapes."""
-    model, shape = build_model(config), input_shape(config)
+    model, shape = Parts(config).model, Parts(config).input_shape
 
     def arguments(batch_size):
         return jnp.zeros((batch_size, *shape)), jnp.zeros(batch_size), jnp.zeros(batch_size, jnp.int32)
@@ -82,17 +86,17 @@ def an_image(function, params):
 def test_linear_layers_are_counted_exactly(bidirectional):
     config = small_config(bidirectional=bidirectional)
     forward, _, params = forward_and_gradient(config)
-    assert an_image(forward, params) == build_model(config).multiply_adds(*input_shape(config))["total"]
+    assert an_image(forward, params) == costs(config).total
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
 def test_a_step_is_three_forward_passes_and_what_is_recomputed(remat):
     config = small_config(remat=remat)
     _, gradient, params = forward_and_gradient(config)
-    total = build_model(config).multiply_adds(*input_shape(config))["total"]
+    total = costs(config).total
     D, L = config.model.width, 256
     # The backward pass needs no gradients of the data and of the time's features.
-    expected = 3 * total - L * config.data.num_channels * D - 256 * D + plan_lib.recomputed_multiply_adds(config)
+    expected = 3 * total - L * config.data.num_channels * D - 256 * D + costs(config).recomputed
     assert an_image(gradient, params) == expected
 
 
@@ -100,23 +104,22 @@ def test_a_step_is_three_forward_passes_and_what_is_recomputed(remat):
 def test_matrix_products_of_the_chunked_ssm_are_counted_exactly(bidirectional, scan):
     config = small_config("chunked", bidirectional=bidirectional, scan=scan)
     forward, _, params = forward_and_gradient(config)
-    linear = build_model(config).multiply_adds(*input_shape(config))["total"]
-    assert an_image(forward, params) - linear == plan_lib.ssm_multiply_adds(config, "cpu", 1)
+    assert an_image(forward, params) - costs(config).total == costs(config).mixer
 
 
 def test_ffts_are_counted():
     config = small_config("fft", depth=1)
     # n = 512 real points: 3 transforms of 5/4 n log2 n, and 2 products of 257 complex numbers. On CPUs n = 528.
-    assert plan_lib.ssm_multiply_adds(config, "gpu", 1) == 32 * (3 * 5 * 512 * 9 // 4 + 3 * 2 * 257)
+    assert costs(config, "gpu").mixer == 32 * (3 * 5 * 512 * 9 // 4 + 3 * 2 * 257)
     expected = 32 * (3 * 5 / 4 * 528 * math.log2(528) + 3 * 2 * 265)
-    assert plan_lib.ssm_multiply_adds(config, "cpu", 1) == pytest.approx(expected, abs=1)
-    assert plan_lib.ssm_multiply_adds(small_config("recurrent"), "cpu", 1) is None
+    assert costs(config, "cpu").mixer == pytest.approx(expected, abs=1)
+    assert costs(small_config("recurrent"), "cpu").mixer is None
 
 
 def test_the_count_agrees_with_xla_on_an_unrolled_model():
     config = small_config(width=256, scan_unroll=2, state_size=2)
     forward, gradient, params = forward_and_gradient(config)
-    forward_count = build_model(config).multiply_adds(*input_shape(config))["total"]
+    forward_count = costs(config).total
     for function, passes in ((forward, 1), (gradient, 3)):
         compiled = jax.jit(function, static_argnums=1).lower(params, 4).compile()
         # XLA counts the nonlinearities and the optimizer, too.
@@ -179,9 +182,7 @@ XL_ON_V5E_256 = plan_lib.Plan(
     state_bytes={"parameters": 2**30, "optimizer": 2**31},
     batch_bytes=2**20,
     peak_bytes=2**33,
-    multiply_adds=295_668_000_000,
-    recomputed_multiply_adds=295_573_000_000,
-    ssm_multiply_adds=None,
+    costs=Costs({}, {"linear": 295_668_000_000}, recomputed=295_573_000_000, mixer=None),
     collectives=[
         Collective(
             kind="all-reduce", result_bytes=10**9, group_size=256, count=2, is_count_known=True, op_name="a gradient"

@@ -1,6 +1,6 @@
 """A config that trains in seconds."""
 
-from diffussm_jax.config import default_config
+from diffussm_jax.config import choose, default_config
 
 
 def tiny_config():
@@ -15,11 +15,11 @@ def tiny_config():
     config.model.width = 16
     config.model.depth = 2
     config.model.mixer.state_size = 4
-    config.diffusion.schedule = "cosine"
+    choose(config, "diffusion.schedule", "cosine")
     config.diffusion.clip_x_0 = True
     config.optimizer.learning_rate = 1e-2
     config.optimizer.ema_decay = 0.5
-    config.sampling.sampler = "ddim"
+    choose(config, "sampling.sampler", "ddim")
     config.sampling.num_steps = 3
     config.sampling.guidance_scale = 1.5
     config.sampling.num_grid_rows = 1

@@ -1,4 +1,4 @@
-"""Autoencoders, which turn images into latents and back; their weights are read from and written for diffusers."""
+"""Autoencoders between images and latents, and conversion of their weights from and to diffusers."""
 
 from diffussm_jax.autoencoder.convert import encoder_hash, from_diffusers, to_diffusers, weights_hash
 from diffussm_jax.autoencoder.kl import AutoencoderKL, init_params, make_decoder, sample_latents

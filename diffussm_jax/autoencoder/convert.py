@@ -1,8 +1,8 @@
-"""Weights of `AutoencoderKL` from and for diffusers: `config.json` and `diffusion_pytorch_model.safetensors`.
+"""Conversion of `AutoencoderKL` from and to diffusers: `config.json` and `diffusion_pytorch_model.safetensors`.
 
-Names differ as `decoder.up_blocks.0.resnets.1.norm1.weight` and `decoder/up_blocks_0/resnets_1/norm1/scale` do.
-Kernels are transposed: a conv's [out, in, height, width] is [height, width, in, out] here, and a linear layer's
-[out, in] is [in, out]. Files in PyTorch's own formats are never read, since to read a pickle is to run it.
+`decoder.up_blocks.0.resnets.1.norm1.weight` is named `decoder/up_blocks_0/resnets_1/norm1/scale` here. Kernels are
+transposed: convolutions from [out, in, height, width] to [height, width, in, out], linear layers from [out, in] to
+[in, out]. Pickle files (.bin, .pt, .ckpt) are not read, because reading a pickle can run code.
 """
 
 import functools
@@ -29,7 +29,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _CLASS_NAME = "AutoencoderKL"
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-# What diffusers takes where the file says nothing.
+# The defaults of diffusers for missing keys.
 _DEFAULTS = {
     "in_channels": 3,
     "out_channels": 3,
@@ -41,7 +41,7 @@ _DEFAULTS = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
-# Only with these values is a model the one of kl.py; the first is written.
+# The values that kl.py supports. The first is written.
 _SUPPORTED = {
     "act_fn": ("silu", "swish"),
     "mid_block_add_attention": (True,),
@@ -58,18 +58,17 @@ def from_diffusers(path: epath.PathLike, *, dtype: str = "float32") -> tuple[Aut
     """Reads an `AutoencoderKL` that diffusers saved.
 
     Args:
-      path: a directory with `config.json` and `diffusion_pytorch_model.safetensors`, or that of a whole pipeline, of
-        which the folder `vae` is read; or, if there is no such directory, the name of a repository of the Hugging Face
-        hub, such as "stabilityai/sd-vae-ft-ema".
-      dtype: "float32" or "bfloat16", in which the model computes.
+      path: a directory with `config.json` and `diffusion_pytorch_model.safetensors`, or a pipeline's directory with
+        them in its folder `vae`. If the directory does not exist, the name of a repository of the Hugging Face hub,
+        such as "stabilityai/sd-vae-ft-ema".
+      dtype: "float32" or "bfloat16", the model's compute dtype.
 
     Returns:
-      The model and its parameters, float32 whatever the file holds (float32, float16 or bfloat16).
+      The model and its parameters. Parameters are float32; the file may hold float32, float16 or bfloat16.
 
     Raises:
-      FileNotFoundError: there is no such directory or repository, or it lacks one of the two files.
-      ValueError: a file is damaged, describes a model other than `AutoencoderKL` can be, or holds other tensors than
-        that model has.
+      FileNotFoundError: the directory or repository does not exist, or lacks one of the two files.
+      ValueError: a file is damaged, `AutoencoderKL` does not support the config, or the tensors do not match it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -95,19 +94,17 @@ def from_diffusers(path: epath.PathLike, *, dtype: str = "float32") -> tuple[Aut
 
 
 def to_diffusers(model: AutoencoderKL, params: Any, path: epath.PathLike, *, sample_size: int = 512) -> None:
-    """Writes a model as a directory that diffusers' `AutoencoderKL.from_pretrained` and `from_diffusers` read.
+    """Writes a directory that diffusers' `AutoencoderKL.from_pretrained` and `from_diffusers` can read.
 
-    Both files are written beside the directory and then moved into it, `config.json` last, so that no file there is
-    ever half written.
+    Both files are written to a temporary directory and then moved, `config.json` last, so that no file is incomplete.
 
     Args:
-      model: the autoencoder.
-      params: its parameters; written as float32.
-      path: the directory; made if need be, and its files replaced.
-      sample_size: pixels, which diffusers takes as the size of its tiles.
+      params: written as float32.
+      path: the directory; created if missing, files are replaced.
+      sample_size: pixels; the tile size of diffusers.
 
     Raises:
-      ValueError: the parameters are not the model's.
+      ValueError: the parameters do not match the model.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     check_same_shapes(
@@ -117,7 +114,7 @@ def to_diffusers(model: AutoencoderKL, params: Any, path: epath.PathLike, *, sam
     for leaf_path, leaf in leaves:
         array = np.asarray(leaf, np.float32)
         array = array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim))
-        tensors[_diffusers_name(leaf_path)] = np.ascontiguousarray(array)  # of a view, safetensors writes what it views
+        tensors[_diffusers_name(leaf_path)] = np.ascontiguousarray(array)  # safetensors writes a view's base array
     num_levels = len(model.block_out_channels)
     config = {
         "_class_name": _CLASS_NAME,
@@ -141,13 +138,9 @@ def to_diffusers(model: AutoencoderKL, params: Any, path: epath.PathLike, *, sam
 
 
 def weights_hash(params: Any) -> str:
-    """SHA-256, in hex, of names, shapes, dtypes and values of parameters: which weights made a set of latents.
+    """SHA-256 (64 hex digits) of the names, shapes, dtypes and float32 values of a pytree; independent of sharding.
 
-    Args:
-      params: a pytree of arrays; values enter as float32, wherever they lie and however they are sharded.
-
-    Returns:
-      64 hex digits.
+    It records which weights made a latent data set.
     """
     digest = hashlib.sha256()
     named = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -158,12 +151,12 @@ def weights_hash(params: Any) -> str:
 
 
 def encoder_hash(params: Any) -> str:
-    """`weights_hash` of the part of an AutoencoderKL that makes latents. Decoders trained further leave it the same."""
+    """`weights_hash` of the encoder of an AutoencoderKL. Further training of the decoder does not change it."""
     return weights_hash({name: params[name] for name in ("encoder", "quant_conv") if name in params})
 
 
 def _find(path: epath.PathLike) -> epath.Path:
-    """The directory that holds the two files."""
+    """The directory of the two files, downloaded if necessary."""
     directory = epath.Path(path)
     if not directory.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
@@ -182,7 +175,7 @@ def _find(path: epath.PathLike) -> epath.Path:
 
 
 def _download(repository: str) -> str:
-    """A snapshot of the two files of a repository of the Hugging Face hub."""
+    """Downloads the two files of a repository of the Hugging Face hub."""
     remedy = f"or download {CONFIG} and {WEIGHTS} of {repository} and pass the directory that holds them"
     try:
         import huggingface_hub
@@ -194,18 +187,18 @@ def _download(repository: str) -> str:
     files = ["model_index.json", *(folder + name for folder in ("", "vae/") for name in (CONFIG, WEIGHTS))]
     try:
         return huggingface_hub.snapshot_download(repository, allow_patterns=files)
-    except Exception as error:  # of many kinds, which change with the client's version
+    except Exception as error:  # the types change with the client's version
         raise FileNotFoundError(
-            f"there is no directory {repository}, and the Hugging Face hub did not give one of that name "
+            f"there is no directory {repository}, and the download of that repository from the Hugging Face hub failed "
             f"({type(error).__name__}: {error}). Check the name and the connection, {remedy}"
         ) from error
 
 
 def _read_config(file: epath.Path) -> dict[str, Any]:
-    """The arguments of `AutoencoderKL`, but its dtype."""
+    """Reads the arguments of `AutoencoderKL`, except dtype."""
     try:
         config = json.loads(file.read_bytes())
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # from JSON or UTF-8
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold a JSON object, got {config!r:.80}")
@@ -232,7 +225,7 @@ def _read_config(file: epath.Path) -> dict[str, Any]:
 
 
 def _field_rule(key: str, value: Any) -> tuple[bool, str]:
-    """Whether a value can be that of a field, and what can."""
+    """Whether a value is valid for a field, and the allowed values."""
 
     def is_count(x):
         return type(x) is int and x > 0
@@ -247,7 +240,7 @@ def _field_rule(key: str, value: Any) -> tuple[bool, str]:
 
 
 def _read_tensors(file: epath.Path) -> dict[str, np.ndarray]:
-    # Not safetensors.numpy.load, which knows no bfloat16.
+    # safetensors.numpy.load does not support bfloat16.
     try:
         entries = safetensors.deserialize(file.read_bytes())
     except safetensors.SafetensorError as error:
@@ -262,7 +255,7 @@ def _read_tensors(file: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _with_new_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Attention as diffusers has named it since 0.17, and its weights, which were 1x1 convs, as matrices."""
+    """Renames attention to the names since diffusers 0.17, and reshapes its weights from 1x1 convs to matrices."""
 
     def new_name(match):
         return match[1] + _OLD_ATTENTION[match[2]]
@@ -270,7 +263,7 @@ def _with_new_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed = {}
     for name, tensor in tensors.items():
         new = re.sub(rf"(\.attentions\.\d+\.)({'|'.join(_OLD_ATTENTION)})(?=\.)", new_name, name)
-        if new != name and new in tensors:  # both: left as it is, to be reported as unexpected
+        if new != name and new in tensors:  # both exist: keep the old name, to be reported as unexpected
             new = name
         if re.search(r"\.attentions\.\d+\.to_\w+(\.0)?\.weight$", new) and tensor.shape[2:] == (1, 1):
             tensor = tensor[:, :, 0, 0]

@@ -1,13 +1,13 @@
-"""The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752), as Stable Diffusion and DiT use it.
+"""The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752), as in Stable Diffusion and DiT.
 
     images [B, H, W, 3] in [-1, 1]  -- encode -->  mean, log_std [B, H/f, W/f, C]      f = 2**(number of levels - 1)
     latents [B, H/f, W/f, C]        -- decode -->  images
 
-Latents are unscaled here: a diffusion model is trained on `scaling_factor * latents`. Module for module this is
-`AutoencoderKL` of diffusers, and parameters are named as there, `down_blocks.0` as `down_blocks_0`.
+Latents are unscaled here: a diffusion model is trained on `scaling_factor * latents`. Modules and parameter names are
+those of diffusers' `AutoencoderKL`, with `down_blocks.0` as `down_blocks_0`.
 
-float32 products are rounded to fewer digits on TPUs and recent GPUs unless `jax.default_matmul_precision("float32")`
-is set, which is worth its time where latents are computed once and stored.
+TPUs and recent GPUs compute float32 products at lower precision by default. Set
+`jax.default_matmul_precision("float32")` to encode latents that are computed once and stored.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import numpy as np
 
 DTYPES = ("float32", "bfloat16")
 QUERY_CHUNK = 1024
-LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' too
+LOGVAR_RANGE = (-30.0, 20.0)  # as in diffusers
 
 _PYTORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # of convolutions and linear layers
 
@@ -31,22 +31,15 @@ def _conv(features: int, size: int, dtype: jnp.dtype, name: str | None = None, *
 
 
 def group_norm(num_groups: int, name: str | None = None) -> nn.GroupNorm:
-    """GroupNorm in float32, whatever the dtype of its input, with diffusers' epsilon."""
-    # Flax's fast variance, E[x^2] - E[x]^2, loses its digits where the mean is large.
+    """GroupNorm in float32 for any input dtype, with the epsilon of diffusers."""
+    # Flax's fast variance, E[x^2] - E[x]^2, loses digits for large means.
     return nn.GroupNorm(num_groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, query_chunk: int = QUERY_CHUNK) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v with one head, logits and softmax in float32.
+    """softmax(q k^T / sqrt(C)) v with one head, for q, k, v [B, L, C] float; returns v's dtype.
 
-    Args:
-      q: [B, L, C] float, and so k and v.
-      k: see q.
-      v: see q.
-      query_chunk: how many queries are computed at a time, so that memory grows with L and not with L squared.
-
-    Returns:
-      [B, L, C] of v's dtype.
+    Logits and softmax are float32. Queries are processed in chunks of `query_chunk`, so that memory is linear in L.
     """
     B, L, C = q.shape
 
@@ -58,13 +51,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query_chunk: int = QUERY_CH
     if L <= query_chunk:
         return attend_some(q)
     chunks = jnp.pad(q, ((0, 0), (0, -L % query_chunk), (0, 0))).reshape(B, -1, query_chunk, C)
-    # Checkpointed, or the backward pass would keep the weights of all chunks.
+    # Without the checkpoint the backward pass would keep the attention weights of all chunks.
     out = jax.lax.map(jax.checkpoint(attend_some), chunks.swapaxes(0, 1))
     return out.swapaxes(0, 1).reshape(B, -1, C)[:, :L]
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), x through a 1x1 conv where the channel count changes."""
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 conv on the shortcut if the number of channels changes."""
 
     features: int
     norm_num_groups: int
@@ -82,7 +75,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, with one head and a residual connection: [B, H, W, C] -> the same."""
+    """Self-attention over all positions, with one head and a residual connection: [B, H, W, C] -> [B, H, W, C]."""
 
     norm_num_groups: int
     dtype: jnp.dtype
@@ -113,7 +106,7 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Twice the resolution (nearest neighbour, then a conv) or half of it (a conv of stride 2)."""
+    """Doubles the resolution (nearest neighbour, then a conv) or halves it (a conv of stride 2)."""
 
     is_up: bool
     dtype: jnp.dtype
@@ -122,12 +115,12 @@ class Resample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.is_up:
             return _conv(x.shape[-1], 3, self.dtype, "conv")(x.repeat(2, 1).repeat(2, 2))
-        # Zeros behind the last row and column only, as latent diffusion has it.
+        # Zero padding after the last row and column only, as in latent diffusion.
         return _conv(x.shape[-1], 3, self.dtype, "conv", strides=2, padding=((0, 1), (0, 1)))(x)
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the change to the next one, if any."""
+    """The residual blocks of one resolution, then the resampling to the next, if any."""
 
     features: int
     num_blocks: int
@@ -145,9 +138,9 @@ class Level(nn.Module):
 
 
 class Coder(nn.Module):
-    """The encoder, or the decoder, whose levels come in the reverse order and behind the middle.
+    """The encoder or the decoder. The decoder has the levels in reverse order, after the middle block.
 
-    The last conv is float32 whatever `dtype`: it costs next to nothing, and its output is not rounded.
+    The last conv is always float32: it is cheap, and its output is not rounded.
     """
 
     is_decoder: bool
@@ -178,23 +171,20 @@ class Coder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The KL autoencoder; called on images it encodes, and decodes the mean: [B, H, W, C_in] -> [B, H, W, C_out].
+    """The KL autoencoder. A call encodes images and decodes the mean: [B, H, W, C_in] -> [B, H, W, C_out].
 
-    `model.apply({"params": params}, x, method="encode")`, or "decode". The defaults are Stable Diffusion's: f = 8,
-    four latent channels, 83,653,863 parameters.
+    `model.apply({"params": params}, x, method="encode")`, or "decode". The defaults are those of Stable Diffusion: f =
+    8, four latent channels, 83,653,863 parameters.
 
     Attributes:
-      in_channels: of the images that are encoded.
-      out_channels: of the images that are decoded.
-      block_out_channels: channels of each level, from full resolution down; norm_num_groups divides each.
-      layers_per_block: residual blocks of a level of the encoder; the decoder has one more.
+      block_out_channels: channels per level, from full resolution down; multiples of norm_num_groups.
+      layers_per_block: residual blocks per level of the encoder; the decoder has one more.
       latent_channels: C.
-      norm_num_groups: groups of every GroupNorm.
-      scaling_factor: what diffusion models multiply the latents by; not applied here.
-      use_quant_conv: whether a 1x1 conv follows the encoder.
-      use_post_quant_conv: whether a 1x1 conv precedes the decoder.
-      dtype: float32 or bfloat16, of the convolutions and linear layers other than the last ones of the encoder and
-        the decoder; parameters, norms, softmax and outputs are float32.
+      scaling_factor: diffusion models multiply latents by it; not applied here.
+      use_quant_conv: adds a 1x1 conv after the encoder.
+      use_post_quant_conv: adds a 1x1 conv before the decoder.
+      dtype: float32 or bfloat16, of convolutions and linear layers except the last of the encoder and the decoder.
+        Parameters, norms, softmax and outputs are float32.
     """
 
     in_channels: int = 3
@@ -210,11 +200,11 @@ class AutoencoderKL(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """f: how many pixels in each direction make one position of the latent."""
+        """f: pixels per latent position, in each direction."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def __post_init__(self):
-        self.block_out_channels = tuple(self.block_out_channels)  # of a list, a module could not be hashed
+        self.block_out_channels = tuple(self.block_out_channels)  # a module with a list is not hashable
         super().__post_init__()
 
     def setup(self):
@@ -237,7 +227,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = _conv(C, 1, jnp.float32) if self.use_post_quant_conv else None
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The Gaussian over latents that belongs to each image.
+        """Encodes images to Gaussians over latents.
 
         Args:
           images: [B, H, W, C_in] float in [-1, 1]; H and W are multiples of `downsampling`.
@@ -246,7 +236,7 @@ class AutoencoderKL(nn.Module):
           mean and log_std, [B, H/f, W/f, C] float32: the unscaled mean and the logarithm of the standard deviation.
 
         Raises:
-          ValueError: the images have another shape or are not floating point.
+          ValueError: the images have a wrong shape or are not floating point.
         """
         check_images(images, self.in_channels, self.downsampling)
         moments = self.encoder(images)
@@ -256,16 +246,16 @@ class AutoencoderKL(nn.Module):
         return mean, 0.5 * jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Images of latents.
+        """Decodes latents to images.
 
         Args:
           latents: [B, h, w, C] float, unscaled.
 
         Returns:
-          [B, h f, w f, C_out] float32, about in [-1, 1], not clipped.
+          [B, h f, w f, C_out] float32, approximately in [-1, 1], not clipped.
 
         Raises:
-          ValueError: the latents have another shape or are not floating point.
+          ValueError: the latents have a wrong shape or are not floating point.
         """
         check_images(latents, self.latent_channels, 1, "latents")
         if self.post_quant_conv is not None:
@@ -278,7 +268,7 @@ class AutoencoderKL(nn.Module):
 
 
 def check_images(x: jax.Array, channels: int, multiple: int, what: str = "images") -> None:
-    """ValueError unless x is [B, H, W, channels] of floats, and H and W are multiples."""
+    """Raises ValueError unless x is [B, H, W, channels] of floats, with H and W multiples of `multiple`."""
     if x.ndim != 4 or x.shape[-1] != channels or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{what} must be [B, H, W, {channels}] of floats, got {x.dtype.name} {list(x.shape)}")
     H, W = x.shape[1:3]
@@ -287,20 +277,20 @@ def check_images(x: jax.Array, channels: int, multiple: int, what: str = "images
 
 
 def sample_latents(mean: jax.Array, log_std: jax.Array, key: jax.Array) -> jax.Array:
-    """A draw from the Gaussian that `encode` returned: mean + exp(log_std) noise, of mean's shape."""
+    """Draws latents from the Gaussian that `encode` returns: mean + exp(log_std) noise."""
     return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
 def init_params(model: AutoencoderKL, seed: int) -> dict[str, Any]:
-    """Random parameters, float32: an autoencoder before it is trained."""
+    """Random float32 parameters of an untrained autoencoder."""
     image = jnp.zeros((1, model.downsampling, model.downsampling, model.in_channels))
     return jax.jit(model.init)(jax.random.key(seed), image)["params"]
 
 
 def make_decoder(model: AutoencoderKL, params: Any, *, batch_size: int = 16) -> Callable[[jax.Array], np.ndarray]:
-    """A jitted function from latents [B, h, w, c], not scaled, to images in [-1, 1] [B, H, W, C] on the host.
+    """Makes a function from unscaled latents [B, h, w, c] to images in [-1, 1] [B, H, W, C] on the host.
 
-    Any B; at most `batch_size` are decoded at a time, so that memory does not grow with B.
+    It decodes at most `batch_size` latents at a time, so that memory does not grow with B.
     """
     decode = jax.jit(lambda latents: model.apply({"params": params}, latents, method="decode"))
 

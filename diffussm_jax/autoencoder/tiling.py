@@ -1,4 +1,4 @@
-"""Encoding and decoding by overlapping tiles, for images too large for memory as a whole."""
+"""Encoding and decoding by overlapping tiles, for images that do not fit in memory."""
 
 import functools
 import itertools
@@ -14,23 +14,20 @@ from diffussm_jax.autoencoder.kl import AutoencoderKL, check_images
 def tiled_encode(
     model: AutoencoderKL, params: Any, images: jax.Array, *, tile: int = 512, overlap: float = 0.25
 ) -> tuple[jax.Array, jax.Array]:
-    """`encode` by overlapping tiles, for images too large to be encoded whole.
+    """`encode` by overlapping tiles.
 
-    Tiles see only themselves, so norms and attention differ from those of the whole image: near `encode`, not equal.
-    Images that fit in a tile are encoded whole.
+    Norms and attention see one tile, so the result approximates `encode`. Images that fit in a tile are encoded whole.
 
     Args:
-      model: the autoencoder.
-      params: its parameters.
       images: [B, H, W, C_in] float in [-1, 1]; H and W are multiples of `model.downsampling`.
       tile: height and width of a tile in pixels, a multiple of `model.downsampling`.
-      overlap: the fraction of a tile that it shares with the next one, blended linearly; 0 <= overlap < 1.
+      overlap: fraction of a tile shared with the next tile and blended linearly; 0 <= overlap < 1.
 
     Returns:
       mean and log_std, [B, H/f, W/f, C] float32.
 
     Raises:
-      ValueError: tile or overlap is out of range, or the images are not what `encode` takes.
+      ValueError: tile or overlap is out of range, or the images are invalid for `encode`.
     """
     f = model.downsampling
     _check_tile(tile, overlap, f)
@@ -41,20 +38,17 @@ def tiled_encode(
 def tiled_decode(
     model: AutoencoderKL, params: Any, latents: jax.Array, *, tile: int = 64, overlap: float = 0.25
 ) -> jax.Array:
-    """`decode` by overlapping tiles, for latents too large to be decoded whole; see `tiled_encode`.
+    """`decode` by overlapping tiles; see `tiled_encode`.
 
     Args:
-      model: the autoencoder.
-      params: its parameters.
       latents: [B, h, w, C] float, unscaled.
-      tile: height and width of a tile in positions of the latent.
-      overlap: the fraction of a tile that it shares with the next one, blended linearly; 0 <= overlap < 1.
+      tile: height and width of a tile in latent positions.
 
     Returns:
       [B, h f, w f, C_out] float32.
 
     Raises:
-      ValueError: tile or overlap is out of range, or the latents are not what `decode` takes.
+      ValueError: tile or overlap is out of range, or the latents are invalid for `decode`.
     """
     _check_tile(tile, overlap, 1)
     check_images(latents, model.latent_channels, 1, "latents")
@@ -69,19 +63,19 @@ def _check_tile(tile: int, overlap: float, multiple: int) -> None:
 
 
 def blend_weights(size: int, tile: int, overlap: float, scale: int = 1) -> tuple[list[int], np.ndarray]:
-    """Where the tiles of one axis begin, and their weights, which sum to one at every position.
+    """The starts of the tiles along one axis, and their weights, which sum to one at every position.
 
-    All tiles have the same size; the last one is moved back to end where the axis does. A weight rises and falls
-    linearly over the overlap.
+    All tiles have the same size. The last tile is moved back to end with the axis. Weights rise and fall linearly over
+    the overlap.
 
     Args:
       size: positions along the axis.
-      tile: of them in a tile, at most size.
-      overlap: the fraction of a tile shared with the next.
-      scale: positions of the output for each position of the input.
+      tile: positions per tile, at most `size`.
+      overlap: fraction of a tile shared with the next.
+      scale: output positions per input position.
 
     Returns:
-      The starts, in positions of the input, and the weights, [tiles, tile * scale] float32.
+      The starts, in input positions, and the weights, [tiles, tile * scale] float32.
     """
     shared = min(round(tile * overlap), tile - 1)
     count = 1 + max(0, -(-(size - tile) // (tile - shared)))
@@ -95,7 +89,7 @@ def blend_weights(size: int, tile: int, overlap: float, scale: int = 1) -> tuple
     return starts, np.stack([window / total[span] for span in spans]).astype(np.float32)
 
 
-# Jitted by the tile's shape, not the image's: one program serves every tile of every image.
+# Jitted for the shape of the tile, not of the image: all tiles of all images share one program.
 @functools.partial(jax.jit, static_argnames=("model", "method"))
 def _apply(model, params, x, method):
     return model.apply({"params": params}, x, method=method)
@@ -109,7 +103,7 @@ def _add_tile(total, tile, weights, row, column):
 
 
 def _tiled(model, params, x, method, tile, overlap, scales):
-    """`method` by tiles of `tile` latent positions; scales: units of x and of the output for each of them."""
+    """Runs `method` on tiles of `tile` latent positions; `scales` are x and output positions per latent position."""
     x = jnp.asarray(x)
     in_scale, out_scale = scales
     sizes = [n // in_scale for n in x.shape[1:3]]

@@ -1,12 +1,12 @@
-"""Measures speed on this machine, or counts for a chip that one does not have; `python -m diffussm_jax.bench WHAT`.
+"""Measures speed on this machine, or counts work ahead of time for another: `python -m diffussm_jax.bench WHAT`.
 
     ssm     the methods of the SSM side by side, forward and with all gradients (`bench_ssm`); --aot=v5e compiles
             them for a chip and counts bytes and operations (`bench_aot`)
-    errors  the methods' errors against the plain recurrence on this machine (`bench_errors`)
-    block   one block of the model, with its SSM and without (`bench_block`)
+    errors  errors of the methods against the plain recurrence on this machine (`bench_errors`)
+    block   one block of the model, with its SSM and without (`bench_block`); --aot=v5e counts it
     step    a whole training step (`bench_step`)
     sample  sampling (`bench_sample`)
-    loader  the reading of latents (`bench_loader`)
+    loader  reading latents (`bench_loader`)
     vae     the autoencoder (`bench_vae`)
 
 docs/bench.md explains each figure.

@@ -8,7 +8,7 @@ python -m diffussm_jax.bench ssm --aot=v5e
 python -m diffussm_jax.bench errors
 python -m diffussm_jax.bench block --sizes=S,XL --image_sizes=256
 python -m diffussm_jax.bench block --sizes=XL --image_sizes=256 --batch_size=16 --aot=v5e
-python -m diffussm_jax.bench step --sizes=XL --image_sizes=256,512 --batch_size=64 --set=model.remat=dots
+python -m diffussm_jax.bench step --sizes=XL --image_sizes=256,512 --batch_size=64 --set=model.mixer.method=chunked
 python -m diffussm_jax.bench sample --config=configs/digits.py --batch_size=64 --sampler=ddim --steps=50
 python -m diffussm_jax.bench loader --data=latents/imagenet256
 python -m diffussm_jax.bench vae --image_sizes=256,512,1024
@@ -21,36 +21,37 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffussm_jax import cli
+from diffussm_jax import cli, registry
 from diffussm_jax.bench import aot, block, errors, sample, ssm, step, table
 from diffussm_jax.bench.configs import IMAGE_SIZES, bench_configs, parse_changes, print_rows
 from diffussm_jax.bench.loader import bench_loader
 from diffussm_jax.bench.measure import machine_name, write_csv
 from diffussm_jax.bench.vae import print_vae
-from diffussm_jax.config import CHOICES
+from diffussm_jax.models import DIFFUSSM_SIZES, DiffuSSM
+from diffussm_jax.options import options_of
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
 _SHAPES = flags.DEFINE_list(
     "shapes",
     None,
-    "ssm, errors: shapes as 4x1024x384x64, B x L x D x N; default for ssm L = 256 .. 65536.",
+    "ssm, errors: shapes B x L x D x N, such as 4x1024x384x64; default for ssm L = 256 .. 65536.",
     flag_values=_FLAGS,
 )
 _METHODS = flags.DEFINE_list(
     "methods", None, "ssm, errors: methods; ratios are to the first. By default all that run here.", flag_values=_FLAGS
 )
 _REPEATS = flags.DEFINE_integer(
-    "repeats", 5, "Timed repetitions, after one that is not.", lower_bound=1, flag_values=_FLAGS
+    "repeats", 5, "Timed repetitions, after one that is not timed.", lower_bound=1, flag_values=_FLAGS
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
-    ["float32", "bfloat16"],
-    "ssm, vae: float32, for --aot bfloat16 by default; errors: both.",
+    list(options_of(DiffuSSM)["dtype"].choices.names),
+    "ssm, vae: float32 by default, bfloat16 with --aot; errors: both by default.",
     flag_values=_FLAGS,
 )
 _AOT = flags.DEFINE_string(
-    "aot", None, "ssm, block: a chip to compile for, not run: v5e, v6e-1, h100.", flag_values=_FLAGS
+    "aot", None, "ssm, block: compile ahead of time for a chip, such as v5e, v6e-1 or h100.", flag_values=_FLAGS
 )
 _PLOT = flags.DEFINE_string("plot", None, "ssm: a PNG of time against L.", flag_values=_FLAGS)
 _WRITE_TABLE = flags.DEFINE_flag(
@@ -60,21 +61,28 @@ _WRITE_TABLE = flags.DEFINE_flag(
         "write_table",
         None,
         'ssm: writes the table from which "auto" chooses, to FILE or into the package.',
-        boolean=True,  # so that it may stand alone; the value is then "true"
+        boolean=True,  # may have no value; the value is then "true"
     ),
     flag_values=_FLAGS,
 )
 _SIZES = flags.DEFINE_list(
-    "sizes", ["S", "L", "XL"], "block, step, sample: S, L, XL or widths.", short_name="size", flag_values=_FLAGS
+    "sizes",
+    list(DIFFUSSM_SIZES),
+    f"block, step, sample: {', '.join(DIFFUSSM_SIZES)} or widths.",
+    short_name="size",
+    flag_values=_FLAGS,
 )
 _IMAGE_SIZES = flags.DEFINE_list("image_sizes", None, "block, step, sample, vae: pixels.", flag_values=_FLAGS)
 _CONFIG = flags.DEFINE_string(
     "config", None, "block, step, sample: a file of configs/ in place of sizes.", flag_values=_FLAGS
 )
 _SET = flags.DEFINE_list(
-    "set", [], "block, step, sample: values of the config, model.depth=2,model.remat=dots.", flag_values=_FLAGS
+    "set",
+    [],
+    "block, step, sample: values of the config, model.depth=2,model.mixer.method=fft.",
+    flag_values=_FLAGS,
 )
-_SAMPLER = flags.DEFINE_enum("sampler", None, CHOICES["sampling.sampler"], "sample: the sampler.", flag_values=_FLAGS)
+_SAMPLER = flags.DEFINE_enum("sampler", None, registry.names("sampler"), "sample: the sampler.", flag_values=_FLAGS)
 _STEPS = flags.DEFINE_integer("steps", None, "sample: its steps.", lower_bound=1, flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "block, step, sample, loader: images at a time.", lower_bound=1, flag_values=_FLAGS
@@ -82,7 +90,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _DATA = flags.DEFINE_string("data", None, "loader: a folder of latents.", flag_values=_FLAGS)
 _SPLIT = flags.DEFINE_string("split", "train", "loader: its split.", flag_values=_FLAGS)
 _NUM_THREADS = flags.DEFINE_integer("num_threads", 4, "loader: threads.", lower_bound=1, flag_values=_FLAGS)
-_CSV = flags.DEFINE_string("csv", None, "A file to write the figures to, too.", flag_values=_FLAGS)
+_CSV = flags.DEFINE_string("csv", None, "A file to write the figures to as well.", flag_values=_FLAGS)
 
 
 def _shapes() -> list[ssm.Shape] | None:
@@ -107,6 +115,12 @@ def _ssm() -> list[dict]:
     if _PLOT.value:
         ssm.plot(rows, _PLOT.value)
     return rows
+
+
+def _errors() -> list[dict]:
+    dtypes = [_DTYPE.value] if _DTYPE.value else list(errors.BARS)
+    methods = _METHODS.value or ssm.own_methods()
+    return errors.print_errors(_shapes() or errors.DEFAULT_SHAPES, methods, dtypes=dtypes)
 
 
 def _image_sizes(default: tuple[int, ...]) -> list[int]:
@@ -143,39 +157,50 @@ def _block() -> list[dict]:
     return _of_configs(functools.partial(block.count_block, machine=machine), block.AOT_COLUMNS, title)
 
 
+def _step() -> list[dict]:
+    print("MFU: 3 * 2 * multiply-adds of the forward's linear layers * images/s / peak bfloat16; the SSM excluded")
+    return _timed(step, step.bench_step)
+
+
+def _sample() -> list[dict]:
+    return _timed(sample, sample.bench_sample)
+
+
+def _loader() -> list[dict]:
+    if _DATA.value is None:
+        raise ValueError("the loader's benchmark needs --data=FOLDER, a folder of latents")
+    options = {"batch_size": _BATCH_SIZE.value or 256, "num_threads": _NUM_THREADS.value}
+    print(f"{bench_loader(_DATA.value, _SPLIT.value, **options):.0f} records/s")
+    return []
+
+
+def _vae() -> list[dict]:
+    cli.keep_freed_memory()
+    print_vae(_image_sizes((256, 512)), dtype=_DTYPE.value or "float32", repeats=_REPEATS.value)
+    return []
+
+
+_BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
+    "ssm": _ssm,
+    "errors": _errors,
+    "block": _block,
+    "step": _step,
+    "sample": _sample,
+    "loader": _loader,
+    "vae": _vae,
+}
+
+
 def main(what: str) -> int:
     """Prints the figures; returns the exit code."""
-    rows: list[dict] = []
-    exit_code = 0
+    if what not in _BENCHMARKS:
+        raise ValueError(f"unknown benchmark {what!r}; choose one of {', '.join(_BENCHMARKS)}")
     if _AOT.value is not None:
-        jax.config.update("jax_platforms", "cpu")  # this computer's accelerator, if it has one, stays free
-    if what == "ssm":
-        rows = _ssm()
-    elif what == "errors":
-        dtypes = [_DTYPE.value] if _DTYPE.value else list(errors.BARS)
-        methods = _METHODS.value or ssm.own_methods()
-        rows = errors.print_errors(_shapes() or errors.DEFAULT_SHAPES, methods, dtypes=dtypes)
-        exit_code = int(not all(row["passed"] for row in rows))
-    elif what == "block":
-        rows = _block()
-    elif what == "step":
-        print("MFU: 3 * 2 * multiply-adds of the forward's linear layers * images/s / peak bfloat16; the SSM excluded")
-        rows = _timed(step, step.bench_step)
-    elif what == "sample":
-        rows = _timed(sample, sample.bench_sample)
-    elif what == "loader":
-        if _DATA.value is None:
-            raise ValueError("the loader's benchmark needs --data=FOLDER, a folder of latents")
-        options = {"batch_size": _BATCH_SIZE.value or 256, "num_threads": _NUM_THREADS.value}
-        print(f"{bench_loader(_DATA.value, _SPLIT.value, **options):.0f} records/s")
-    elif what == "vae":
-        cli.keep_freed_memory()
-        print_vae(_image_sizes((256, 512)), dtype=_DTYPE.value or "float32", repeats=_REPEATS.value)
-    else:
-        raise ValueError(f"unknown benchmark {what!r}; choose ssm, errors, block, step, sample, loader or vae")
+        jax.config.update("jax_platforms", "cpu")  # leaves this computer's accelerator free
+    rows = _BENCHMARKS[what]()
     if _CSV.value and rows:
         write_csv(_CSV.value, rows)
-    return exit_code
+    return int(not all(row.get("passed", True) for row in rows))
 
 
 if __name__ == "__main__":

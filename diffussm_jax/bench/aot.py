@@ -1,15 +1,15 @@
-"""`bench ssm --aot=v5e`: each method compiled for a chip that one does not have, and what its program costs.
+"""`bench ssm --aot=v5e`: compiles each method ahead of time for a chip, and counts the bytes and operations.
 
-Bytes are those that XLA counts in the compiled program, and what `counts` counts of Pallas calls; beside them the time
-that they take at the chip's published bandwidth. XLA's `flops` mix the matrix and the vector unit, so no time follows
-from them; matrix and vector operations of Pallas calls are counted apart, each with the time at the unit's rate. A
-figure of bytes is a floor and no measurement: XLA counts the body of a loop once, and nobody ran the program.
+Bytes are XLA's count for the compiled program plus the count of Pallas calls (`counts`). Their time is at the chip's
+published bandwidth. XLA's `flops` mix the matrix and the vector unit, so no time is given for them. Matrix and vector
+operations of Pallas calls are counted separately, each with the time at the unit's rate. All figures are lower bounds,
+not measurements: the program does not run, and XLA counts the body of a loop once. XLA counts nothing for GPUs; there
+the figures are those of Pallas calls alone.
 
-The vector rate is an estimate: a TensorCore computes on registers of 8 x 128 numbers, with 2 such operations a cycle on
-v4 and 4 on v5 (jax-ml.github.io/scaling-book/tpus, appendix C), in whole registers. The clock follows from the peak of
-the 4 matrix units of 128 x 128: 197e12 / (4 * 2 * 128**2) = 1.5 GHz on v5e. Real kernels also wait for loads, for the
-matrix unit's results and for rolls between lanes, which have a unit of their own. The compiler for GPUs counts nothing:
-there only Pallas calls are.
+The vector rate is an estimate. A TensorCore computes on registers of 8 x 128 numbers, with 2 such operations per cycle
+on v4 and 4 on v5 (jax-ml.github.io/scaling-book/tpus, appendix C). The clock follows from the peak of the 4 matrix
+units of 128 x 128: 197e12 / (4 * 2 * 128**2) = 1.5 GHz on v5e. Real kernels also wait for loads, for results of the
+matrix unit and for rolls between lanes, which have their own unit.
 """
 
 import math
@@ -28,17 +28,17 @@ from diffussm_jax.parallel.topology import CHIPS, Chip, Machine, compile_only_de
 
 DEFAULT_SHAPE = (16, 1024, 1152, 64)
 DEFAULT_DTYPE = "bfloat16"
-# What a method is held to at the default shape, on v5e: bytes of both passes, seconds of compilation each, and the
-# vector operations' time over that of the forward pass's bytes.
+# Limits at the default shape on v5e: bytes and seconds of compilation of each pass, and the ratio of the time of vector
+# operations to the time of `BARS["forward"]` bytes.
 BARS = {"forward": 0.6e9, "gradient": 2e9}
 MAX_COMPILE_SECONDS = 30
 MAX_VECTOR_RATIO = 3
-_VECTOR_OPS_A_CYCLE = {"v4": 2, "v5e": 4, "v5p": 4}  # of whole registers, for each core
-_MATRIX_FLOPS_A_CYCLE = 4 * 2 * 128**2  # of each core of those chips
+_VECTOR_OPS_PER_CYCLE = {"v4": 2, "v5e": 4, "v5p": 4}  # of whole registers, for each core
+_MATRIX_FLOPS_PER_CYCLE = 4 * 2 * 128**2  # of each core of those chips
 
 
 def one_chip(name: str) -> Machine:
-    """The machine of a name, which may be that of a chip alone; ValueError if it is not one device or is not known."""
+    """The machine with one chip, by a name of `parse_machine` or of the chip alone; ValueError for any other."""
     chip = CHIPS.get(name.lower())
     if chip and chip.platform == "tpu":
         machine = Machine(name=name, chip=chip, shape=(1,) * chip.num_axes)
@@ -50,15 +50,15 @@ def one_chip(name: str) -> Machine:
 
 
 def vector_rate(chip: Chip) -> float | None:
-    """Operations a second of the vector unit, by element; None where its width is not public."""
-    if chip.name not in _VECTOR_OPS_A_CYCLE:
+    """Elementwise operations per second of the vector unit; None if its width is not public."""
+    if chip.name not in _VECTOR_OPS_PER_CYCLE:
         return None
-    cycles = chip.peak_flops / _MATRIX_FLOPS_A_CYCLE  # a second, of all cores together
-    return cycles * _VECTOR_OPS_A_CYCLE[chip.name] * math.prod(TPU_REGISTER)
+    cycles = chip.peak_flops / _MATRIX_FLOPS_PER_CYCLE  # per second, of all cores together
+    return cycles * _VECTOR_OPS_PER_CYCLE[chip.name] * math.prod(TPU_REGISTER)
 
 
 def floor_bytes(shape: Shape, dtype: str) -> dict[str, int]:
-    """The least that each pass moves: u read and Y written; with gradients u and dY read and du written too."""
+    """Bytes that each pass must move: u read and Y written; with gradients also u and dY read and du written."""
     B, L, D, _ = shape
     array = B * L * D * jnp.dtype(dtype).itemsize
     return {"forward": 3 * array, "gradient": 7 * array}
@@ -67,7 +67,7 @@ def floor_bytes(shape: Shape, dtype: str) -> dict[str, int]:
 def bench_aot(
     machine: Machine, shape: Shape, methods: Sequence[str], *, dtype: str = DEFAULT_DTYPE
 ) -> list[dict[str, str | int | float | None]]:
-    """Compiles methods for a chip, and counts.
+    """Compiles methods for a chip, and counts bytes and operations.
 
     Args:
       machine: `one_chip`.
@@ -76,11 +76,11 @@ def bench_aot(
       dtype: of u and y.
 
     Returns:
-      Two rows a method, the forward pass and forward with all gradients: machine, dtype, B, L, D, N, method, pass,
+      Two rows for each method, forward and forward with all gradients: machine, dtype, B, L, D, N, method, pass,
       compile_s; xla_gb, pallas_gb, gb and bytes_ms; xla_gflop (matrix and vector together); of Pallas calls
-      matrix_gflop (passes counted), matrix_ms, vector_gop and vector_ms; memory_mb; loops, in XLA's program, whose
-      bodies are counted once. A time is None where a rate is not known, and what XLA counts where it does not.
-      left_out says why a method did not compile.
+      matrix_gflop (each pass of the matrix unit counted), matrix_ms, vector_gop and vector_ms; memory_mb; loops, the
+      number of loops in XLA's program, whose bodies are counted once. Unknown figures are None. left_out says why a
+      method did not compile.
 
     Raises:
       ValueError: a method is unknown, or the compiler for the machine is not installed.
@@ -95,7 +95,7 @@ def bench_aot(
             row |= {"method": name, "pass": which}
             try:
                 rows.append(row | compiled_figures(function, of, device, machine.chip) | {"left_out": ""})
-            except Exception as error:  # each compiler refuses what it cannot do with errors of its own
+            except Exception as error:  # compilers raise many types of errors
                 rows.append(row | dict.fromkeys(_FIGURES) | {"left_out": first_line(error)})
     return rows
 
@@ -109,7 +109,7 @@ _FIGURES = (
 def compiled_figures(
     function: Callable, arguments: Sequence, device: jax.Device, chip: Chip
 ) -> dict[str, float | int | None]:
-    """Compiles a function for the shapes of arguments on a chip's device, and counts; keys as for `bench_aot`."""
+    """Compiles a function for the shapes of its arguments, and counts; keys as for `bench_aot`."""
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     with lowering_for(device):
@@ -134,7 +134,7 @@ def compiled_figures(
 
 
 def print_aot(name: str, shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str) -> list[dict]:
-    """Prints the figures of `bench_aot`, and at the shape and chip of `BARS` who passes; returns the rows."""
+    """Prints the figures of `bench_aot`, and at the shape and chip of `BARS` a verdict; returns the rows."""
     machine, rows = one_chip(name), []
     chip, rate = machine.chip, vector_rate(machine.chip)
     methods = [method for method in methods if method not in TORCH_METHODS]
@@ -181,7 +181,7 @@ def _line(row: dict) -> str:
 
 
 def verdict(rows: Sequence[dict]) -> str:
-    """Which of the bars the two rows of a method reach, in a line."""
+    """One line that says which limits the two rows of a method keep."""
     parts = []
     for row in rows:
         if row["left_out"]:

@@ -1,8 +1,8 @@
 """`bench block`: one DiffuSSM block, forward, and forward with all gradients, with its SSM and without.
 
-Without means that Y, [M, R, D, B, J], is U for each of the R directions, broadcast: what surrounds the SSM stays as it
-is. The SSM's share is what the time shrinks by. With a chip that is not there, the same programs are compiled and
-counted (`aot`).
+Without its SSM, the block uses its input U for each of the R outputs, so that everything around the SSM stays the same.
+The SSM's share is the time that this saves. With --aot the same programs are compiled ahead of time for a chip, and
+their bytes are counted (`aot`).
 """
 
 import functools
@@ -13,13 +13,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffussm_jax.bench.aot import compiled_figures
+from diffussm_jax.bench.configs import check_fits
 from diffussm_jax.bench.measure import compile_program, median_seconds, memory_limit
 from diffussm_jax.bench.ssm import PASSES
-from diffussm_jax.build import build_model, input_shape
+from diffussm_jax.build import Parts
+from diffussm_jax.models import DiffuSSM
 from diffussm_jax.models.diffussm import Block
+from diffussm_jax.models.mixers import num_outputs
 from diffussm_jax.parallel.mesh import platform_of
 from diffussm_jax.parallel.topology import Machine, compile_only_devices
-from diffussm_jax.plan import DoesNotFitError
 
 AOT_COLUMNS = {
     **{name: ".2f" for name in ("forward_gb", "gradient_gb", "forward_without_ssm_gb", "gradient_without_ssm_gb")},
@@ -32,11 +34,14 @@ COLUMNS = {
 
 
 def _without_ssm(next_function, args, kwargs, context):
-    """Intercepts calls of modules: the mixer gives its input for each direction."""
-    if context.module.name == "ssm" and context.method_name == "__call__":
+    """Intercepts calls of modules: each output of the mixer is its input."""
+    is_mixer = context.module.name == "ssm"
+    if is_mixer and context.method_name == "phases":
         (u,) = args
-        num_directions = 2 if context.module.bidirectional else 1
-        return jnp.broadcast_to(u[:, None], (u.shape[0], num_directions, *u.shape[1:]))
+        return jnp.broadcast_to(u[:, None], (u.shape[0], num_outputs(context.module), *u.shape[1:]))
+    if is_mixer and context.method_name == "__call__":
+        (u,) = args
+        return jnp.tile(u, num_outputs(context.module))
     return next_function(*args, **kwargs)
 
 
@@ -55,17 +60,17 @@ def _functions(block: nn.Module, has_ssm: bool):
 
 
 def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int | None]:
-    """Compiles one block of a config's model for a chip, with its SSM and without, at the config's batch; nothing runs.
+    """Compiles one block for a chip ahead of time, with its SSM and without, at the config's batch size.
 
     Args:
-      config: as for a run; nothing is recomputed, whatever `config.model.remat` says.
+      config: of a run. `config.model.remat` has no effect: nothing is recomputed.
       machine: `one_chip`.
 
     Returns:
-      The figures of `compiled_figures`, of four programs: forward_gb, gradient_gb, forward_without_ssm_gb, ...
+      The figures of `compiled_figures` for four programs: forward_gb, gradient_gb, forward_without_ssm_gb, ...
 
     Raises:
-      ValueError: the compiler for the machine is not installed.
+      ValueError: the model is not DiffuSSM, or the compiler for the machine is not installed.
     """
     device = compile_only_devices(machine)[0]
     block, (params, x, c) = _abstract_block(config, platform_of(device))
@@ -79,28 +84,32 @@ def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int |
 
 
 def _abstract_block(config: ConfigDict, platform: str) -> tuple[Block, tuple]:
-    """A block, and its parameters, x and c as shapes."""
-    model = build_model(config, platform)
-    H, W, _ = input_shape(config)
-    block = Block(model.hourglass_ratio, model.mixer_options(H, W), model.dtype)
+    """A block, and the shapes of its parameters, x and c."""
+    parts = Parts(config, platform=platform)
+    model, (H, W, _) = parts.model, parts.input_shape
+    if not isinstance(model, DiffuSSM):
+        raise ValueError(f"bench block takes blocks of diffussm, config.model.name is {config.model.name!r}")
+    dtype = jnp.dtype(model.dtype)
+    block = Block(model.hourglass_ratio, model.mixer, (H, W), dtype)
     B, J, D = config.batch_size, H * W // model.hourglass_ratio, model.width
-    x, c = (jax.ShapeDtypeStruct(shape, model.dtype) for shape in ((B, J, D), (B, D)))
+    x, c = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((B, J, D), (B, D)))
     return block, (jax.eval_shape(block.init, jax.random.key(0), x, c)["params"], x, c)
 
 
 def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
-    """Times one block of a config's model on one device, at the config's batch and resolution.
+    """Times one block on one device, at the config's batch size and resolution.
 
     Args:
-      config: as for a run; nothing is recomputed, whatever `config.model.remat` says.
-      repeats: timed repetitions, in turns.
+      config: of a run. `config.model.remat` has no effect: nothing is recomputed.
+      repeats: timed repetitions of each program, in turns.
 
     Returns:
       forward_ms and gradient_ms (forward with the gradients of x, c and all parameters), the same as
       .._without_ssm_ms, .._ssm_share, and .._mb, the memory that XLA plans.
 
     Raises:
-      DoesNotFitError: a program needs more memory than there is.
+      DoesNotFitError: a program needs more memory than the device has.
+      ValueError: the model is not DiffuSSM.
     """
     block, (_, x, c) = _abstract_block(config, jax.default_backend())
     keys = jax.random.split(jax.random.key(config.seed), 4)
@@ -111,9 +120,7 @@ def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
         for which, function, rest in zip(PASSES, _functions(block, has_ssm), ((), (d_x,)), strict=True):
             key = f"{which}_ms" if has_ssm else f"{which}_without_ssm_ms"
             compiled, costs = compile_program(function, params, x, c, *rest)
-            if costs.memory_bytes > memory_limit():
-                needed, available = costs.memory_bytes / 1e9, memory_limit() / 1e9
-                raise DoesNotFitError(f"the block needs {needed:.1f} GB, there are {available:.1f}")
+            check_fits("the block", costs.memory_bytes, memory_limit())
             programs[key] = functools.partial(compiled, params, x, c, *rest)
             if has_ssm:
                 memory[f"{which}_mb"] = costs.memory_bytes / 1e6

@@ -1,4 +1,4 @@
-"""The configs that `bench block`, `step` and `sample` measure: a file's, or the paper's at each size and resolution."""
+"""The configs that `bench block`, `step` and `sample` measure: a file, or the paper's at each size and resolution."""
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,14 +6,24 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from diffussm_jax.build import input_shape
-from diffussm_jax.config import DIFFUSSM_SIZES, flatten, load_config, paper_config
-from diffussm_jax.plan import DoesNotFitError, changed
+from diffussm_jax.build import Parts
+from diffussm_jax.config import load_config, override, paper_config
+from diffussm_jax.models import DIFFUSSM_SIZES
+from diffussm_jax.options import flatten
+from diffussm_jax.plan import DoesNotFitError
 
 IMAGE_SIZES = (256, 512, 1024, 2048)
-# Images of a device at 256 pixels; fewer at higher resolutions, so that there are as many positions.
+# Images per device at 256 pixels. At other resolutions a device has the same number of positions.
 _BATCH_SIZE = {"cpu": 1}
 _LARGE_BATCH_SIZE = 64
+# Columns of a row, and the keys of `config.model` that they show; a model without such a key has no such column.
+_MODEL_COLUMNS = {
+    "width": "width",
+    "depth": "depth",
+    "dtype": "dtype",
+    "remat": "remat",
+    "ssm_method": "mixer.method",
+}
 
 
 def bench_configs(
@@ -27,18 +37,18 @@ def bench_configs(
     """The config of a file, or the paper's for every size at every resolution.
 
     Args:
-      sizes: "S", "L", "XL", or a width, with 12 blocks.
+      sizes: names of `DIFFUSSM_SIZES`, or widths of models with 12 blocks.
       image_sizes: pixels; latents have an eighth of them.
-      file: of configs/, as for --config; then neither sizes nor image_sizes count.
-      changes: other values, under dotted keys.
-      batch_size: over all devices; by default the file's, or such that each device has about as many positions.
+      file: of configs/, as for --config; sizes and image_sizes have no effect then.
+      changes: other values, under dotted keys (`config.override`).
+      batch_size: over all devices; by default that of the file, or about the same number of positions per device.
 
     Raises:
-      ValueError: a size or a key is unknown.
+      ValueError: a size, a key or a component is unknown.
     """
+    changes = dict(changes or {})
     if file is not None:
-        config = load_config(file)
-        yield _changed(config, dict(changes or {}) | ({"batch_size": batch_size} if batch_size else {}))
+        yield override(load_config(file), changes | ({"batch_size": batch_size} if batch_size else {}))
         return
     for size in sizes:
         if size not in DIFFUSSM_SIZES and not size.isdecimal():
@@ -47,20 +57,13 @@ def bench_configs(
             config = paper_config("S" if size.isdecimal() else size, image_size=image_size, num_classes=1000)
             if size.isdecimal():
                 config.model.width = int(size)
-            on_a_device = _BATCH_SIZE.get(jax.default_backend(), _LARGE_BATCH_SIZE) * 256**2 // image_size**2
-            config.batch_size = batch_size or max(1, on_a_device) * jax.device_count()
-            yield _changed(config, changes or {})
-
-
-def _changed(config: ConfigDict, changes: Mapping[str, object]) -> ConfigDict:
-    unknown = sorted(changes.keys() - flatten(config).keys())
-    if unknown:
-        raise ValueError(f"unknown config keys {unknown}; known are {sorted(flatten(config))}")
-    return changed(config, dict(changes))
+            per_device = _BATCH_SIZE.get(jax.default_backend(), _LARGE_BATCH_SIZE) * 256**2 // image_size**2
+            config.batch_size = batch_size or max(1, per_device) * jax.device_count()
+            yield override(config, changes)
 
 
 def parse_changes(items: Sequence[str]) -> dict[str, object]:
-    """["model.depth=2", "model.remat=dots"] to values under dotted keys; ValueError for what is not KEY=VALUE."""
+    """["model.depth=2", "model.remat=dots"] to values under dotted keys; ValueError if an item is not KEY=VALUE."""
     values: dict[str, object] = {}
     for item in items:
         key, equals, text = item.partition("=")
@@ -75,28 +78,27 @@ def parse_changes(items: Sequence[str]) -> dict[str, object]:
 
 def describe(config: ConfigDict) -> dict[str, str | int]:
     """The values of a config that decide on speed, under short names."""
-    H, W, _ = input_shape(config)
-    return {
-        "image_size": config.data.image_size,
-        "L": H * W,
-        "width": config.model.width,
-        "depth": config.model.depth,
-        "batch_size": config.batch_size,
-        "dtype": config.model.dtype,
-        "remat": config.model.remat,
-        "ssm_method": config.model.ssm_method,
-    }
+    H, W, _ = Parts(config).input_shape
+    values = {"image_size": config.data.image_size, "L": H * W, "batch_size": config.batch_size}
+    model = flatten(config.model)
+    return values | {name: model[key] for name, key in _MODEL_COLUMNS.items() if key in model}
+
+
+def check_fits(what: str, needed: int, available: int) -> None:
+    """Raises DoesNotFitError if a program needs more bytes than a device has."""
+    if needed > available:
+        raise DoesNotFitError(f"{what} needs {needed / 1e9:.1f} GB of a device, there are {available / 1e9:.1f}")
 
 
 def memory_problem(error: Exception) -> str | None:
-    """What an error says of a lack of memory; None if it is another error."""
+    """The first line of an error about memory; None for another error."""
     if isinstance(error, DoesNotFitError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"does not fit: {str(error).splitlines()[0]}"
     return None
 
 
 def print_rows(configs: Sequence[ConfigDict], bench, columns: Mapping[str, str]) -> list[dict]:
-    """Prints a line for each config, also where it does not fit the memory, and returns the rows of those that do.
+    """Prints a line for each config, and returns the rows of those that fit the memory.
 
     Args:
       configs: to measure.

@@ -1,17 +1,17 @@
-"""What Pallas calls cost, counted from a program's jaxpr: XLA's own count leaves them out.
+"""Bytes and operations of Pallas calls, counted from a program's jaxpr; XLA's own count leaves them out.
 
 Bytes: each block of each operand and result crosses the memory bus when its index changes from one grid step to the
 next,
 
     bytes = sum over blocks of block bytes * (1 + number of grid steps at which its index changes).
 
-An operand without blocks counts once. Matrix operations: 2 m n k for each product of the kernel, times the turns of
-the loops around it, times grid steps, and times the passes that a matrix unit of bfloat16 makes of float32 operands
-(1 by default, 3 at Precision.HIGH, 6 at HIGHEST). Vector operations: the results' elements of every elementwise
-operation, comparison, conversion, selection and roll, the operands' of reductions, in whole registers; broadcasts,
-reshapes, joining, loads and stores are free. Of the branches of a condition the most expensive is counted.
+An operand without blocks counts once. Matrix operations: 2 m n k for each product of the kernel, times the iterations
+of the loops around it, times grid steps, times the passes that a bfloat16 matrix unit needs for float32 operands (1 by
+default, 3 at Precision.HIGH, 6 at HIGHEST). Vector operations: elements, in whole registers, of the result of each
+elementwise operation, comparison, conversion, selection and roll, and of the operand of each reduction. Broadcasts,
+reshapes, concatenations, loads and stores are free. Of the branches of a condition the most expensive one is counted.
 
-These are counts, not times: what a compiler makes of a kernel may be more or less.
+These are counts, not times: a compiled kernel may do more or less.
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ _PASSES = {"HIGH": 3, "HIGHEST": 6}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What the Pallas calls of a program cost.
+    """Bytes and operations of the Pallas calls of a program.
 
     Attributes:
-      calls: how many there are, loops counted.
+      calls: number of calls; a call in a loop counts at each iteration.
       bytes: that cross the memory bus.
       flops: of matrix products, 2 m n k.
-      matrix_ops: the same times the passes of the matrix unit.
+      matrix_ops: flops times the passes of the matrix unit.
       vector_ops: elements of whole registers.
-      stated_bytes: what the calls' own cost estimates say, which is in XLA's count already.
+      stated_bytes: of the calls' own cost estimates, which XLA's count includes.
       stated_flops: likewise.
-      unknown_loops: loops whose turns are not known, counted once.
+      unknown_loops: loops with an unknown number of iterations, counted once.
     """
 
     calls: int = 0
@@ -70,14 +70,14 @@ class Counts:
 
 
 def pallas_counts(jaxpr: Jaxpr | ClosedJaxpr, register: tuple[int, int] = TPU_REGISTER) -> Counts:
-    """Counts of all Pallas calls in a program, in loops and inner functions too.
+    """Counts of all Pallas calls in a program, those in loops and inner functions included.
 
     Args:
       jaxpr: of the program, `jax.jit(f).trace(...).jaxpr`.
       register: the last two dimensions of arrays are rounded up to multiples of it; (1, 1) counts elements.
 
     Raises:
-      ValueError: a call's grid or blocks depend on values that only the run knows.
+      ValueError: a call's grid or blocks depend on values at run time.
     """
 
     def count(eqn):
@@ -99,7 +99,7 @@ def _inner(eqn) -> Iterator[Jaxpr]:
 
 
 def _walk(jaxpr: Jaxpr, count: Callable[[object], Counts | None]) -> Counts:
-    """The sum of `count` over all equations, loops and branches unrolled; where it gives None, over those inside."""
+    """The sum of `count` over all equations, loops unrolled; where it returns None, over the equations inside."""
     total = Counts()
     for eqn in jaxpr.eqns:
         own = count(eqn)
@@ -136,12 +136,12 @@ def _call_counts(eqn, register) -> Counts:
 
 
 def transferred_bytes(eqn) -> int:
-    """The bytes of all blocks of a pallas_call equation's operands and results, each as often as its index changes."""
+    """Bytes of all blocks of a pallas_call's operands and results, each counted whenever its index changes."""
     mapping = eqn.params["grid_mapping"]
     if mapping.num_index_operands:
         raise ValueError("blocks that are chosen by operands (scalar prefetch) cannot be counted without their values")
     num_axes, num_steps = len(mapping.grid), math.prod(mapping.grid)
-    steps = np.indices(mapping.grid, np.int32).reshape(num_axes, num_steps)  # in order: the last axis is the fastest
+    steps = np.indices(mapping.grid, np.int32).reshape(num_axes, num_steps)  # the last axis is the fastest
     total = 0
     for block in mapping.block_mappings:
         size = math.prod(getattr(dim, "block_size", 1) for dim in block.block_shape) * block.array_aval.dtype.itemsize
@@ -154,7 +154,7 @@ def transferred_bytes(eqn) -> int:
 
 
 def _operation_counts(eqn, register) -> Counts | None:
-    """Of one equation of a kernel; None if it holds others."""
+    """Counts of one equation of a kernel; None if it contains other equations."""
     name = eqn.primitive.name
     if name == "dot_general":
         return _product_counts(eqn)
@@ -170,7 +170,7 @@ def _operation_counts(eqn, register) -> Counts | None:
 
 
 def _elements(aval, register: tuple[int, int]) -> int:
-    """Elements of an array in whole registers; none of a scalar, which another unit computes."""
+    """Elements of an array in whole registers; 0 for a scalar, which another unit computes."""
     shape = getattr(aval, "shape", ())
     if math.prod(shape) <= 1:
         return 0

@@ -1,7 +1,7 @@
-"""`bench errors`: how far the methods of the SSM are from the plain recurrence, on this machine.
+"""`bench errors`: errors of the methods of the SSM against the plain recurrence, on this machine.
 
-What to run before the first use of a machine's kernels: interpreted on a CPU they cannot show a race, nor how a matrix
-unit rounds. The reference is `recurrent` in float32, which on any machine is additions and products one by one.
+Run it before the first use of a kernel on a new machine. Interpreting a kernel on a CPU shows neither races nor the
+rounding of a matrix unit. The reference is `recurrent` in float32, which uses elementwise operations only.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,36 +11,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffussm_jax.bench.measure import machine_name
-from diffussm_jax.bench.ssm import Shape, first_line, ssm_arguments
+from diffussm_jax.bench.ssm import Shape, check_methods, first_line, ssm_arguments
 from diffussm_jax.ssm import METHODS, from_phases, ssm_apply_phases, to_complex, to_phases
 
-# B x L x D x N: not a whole number of chunks, and more sequences than the GPU kernel takes together.
+# B x L x D x N: not a multiple of the size of chunks, and more sequences than the GPU kernel takes at once.
 DEFAULT_SHAPES: tuple[Shape, ...] = ((72, 200, 32, 64), (16, 1000, 32, 64))
-NUM_PHASES = (1, 2)  # a sequence as it is, and as the hourglass makes it
+NUM_PHASES = (1, 2)  # the plain sequence, and the layout of an hourglass with M = 2
 BARS = {"float32": 1e-5, "bfloat16": 5e-3}
 
 
 def bench_errors(
     shape: Shape, methods: Sequence[str], *, dtype: str, num_phases: int = 1
 ) -> list[dict[str, str | int | float | bool | None]]:
-    """The relative errors |x - reference| / |reference| of whole arrays, in the Euclidean norm.
+    """Relative errors |x - reference| / |reference| of whole arrays, in the Euclidean norm.
 
     Args:
       shape: B, L, D, N.
       methods: names of `ssm.METHODS`.
-      dtype: of u and y, "float32" or "bfloat16"; the reference takes the same numbers as float32.
+      dtype: of u and y, a key of `BARS`; the reference computes on the same numbers in float32.
       num_phases: M of `ssm_apply_phases`, a divisor of L.
 
     Returns:
-      A row a method: dtype, B, L, D, N, M, method; y and du, and parameters, the largest error of the gradients of all
-      real parameters, None where it was left out; passed, whether none is above the bar of the dtype; and left_out,
-      why the method did not run.
+      A row for each method: dtype, B, L, D, N, M, method; the errors y, du, and parameters, the largest error of the
+      gradients of all real parameters, None if the method did not run; passed, whether all errors are within the bar
+      of the dtype; and left_out, why the method did not run.
 
     Raises:
-      ValueError: a method is unknown, or L no multiple of the phases.
+      ValueError: a method is unknown, or L is not a multiple of the phases.
     """
-    if unknown := sorted(set(methods) - set(METHODS)):
-        raise ValueError(f"unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}")
+    check_methods(methods, METHODS)
     if shape[1] % num_phases:
         raise ValueError(f"L = {shape[1]} is no multiple of {num_phases} phases")
     *directions, u, dy = ssm_arguments(shape, dtype)
@@ -51,7 +50,7 @@ def bench_errors(
         try:
             actual = _value_and_gradients(name, num_phases)(directions, u, dy)
             row |= _errors(actual, expected) | {"left_out": ""}
-        except Exception as error:  # each compiler refuses what it cannot do with errors of its own
+        except Exception as error:  # compilers raise many types of errors
             row |= {"y": None, "du": None, "parameters": None, "left_out": first_line(error)}
         found = [row[name] for name in ("y", "du", "parameters")]
         rows.append(row | {"passed": None not in found and all(x <= BARS[dtype] for x in found)})
@@ -59,7 +58,7 @@ def bench_errors(
 
 
 def _value_and_gradients(method: str, num_phases: int) -> Callable:
-    """(real parameters of both directions, u, dy) -> y, and the gradients of the former two."""
+    """(real parameters of both directions, u, dy) -> y, and the gradients of the parameters and u."""
 
     def apply(directions, u):
         params, phases = [to_complex(real) for real in directions], to_phases(u, num_phases)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing in turns, the memory and the costs that XLA plans, the machine's ceilings."""
+"""Shared by all benchmarks: timing in turns, memory and costs from XLA, and the machine's peak rates."""
 
 import csv
 import math
@@ -15,11 +15,11 @@ from diffussm_jax.bench.counts import pallas_counts
 
 
 class Costs(NamedTuple):
-    """What XLA says of a compiled program, its Pallas calls added as `counts` counts them.
+    """XLA's figures for a compiled program, plus those of its Pallas calls (`counts`).
 
     Attributes:
-      memory_bytes: the most that it holds at once: arguments, results and temporaries.
-      bytes: that cross the memory bus; 0 where XLA does not say.
+      memory_bytes: peak memory: arguments, results and temporaries.
+      bytes: that cross the memory bus; 0 if XLA does not count them.
       flops: likewise.
     """
 
@@ -29,14 +29,14 @@ class Costs(NamedTuple):
 
 
 def seconds(program: Callable[[], object]) -> float:
-    """How long one call takes, its results included."""
+    """The time of one call, until its results are ready."""
     start = time.perf_counter()
     jax.block_until_ready(program())
     return time.perf_counter() - start
 
 
 def median_seconds(programs: dict[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, float]:
-    """The median time of each program; the repetitions of all take turns, after one that is not counted."""
+    """The median time of each program. The programs take turns; a first round is not timed."""
     times: dict[Hashable, list[float]] = {key: [] for key in programs}
     for repeat in range(repeats + 1):
         for key, program in programs.items():
@@ -47,7 +47,7 @@ def median_seconds(programs: dict[Hashable, Callable[[], object]], repeats: int)
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int:
-    """The most memory of a device that XLA plans for a program."""
+    """The memory of a device that XLA plans for a program."""
     memory = compiled.memory_analysis()
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return sizes - memory.alias_size_in_bytes
@@ -66,22 +66,22 @@ def compile_program(function: Callable, *arguments) -> tuple[jax.stages.Compiled
 
 
 def memory_limit() -> int:
-    """Bytes that a program may take of the first device; of a CPU half of the machine's memory."""
+    """Bytes of the first device that a program may use; for a CPU, half of the machine's memory."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def machine_name() -> str:
-    """Devices and the version of JAX, in a line."""
+    """The devices and the version of JAX, in one line."""
     devices = jax.devices()
     cores = f" with {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
     return f"{len(devices)} x {devices[0].device_kind}{cores}, jax {jax.__version__}"
 
 
 def copy_rate(num_bytes: int | None = None) -> float:
-    """Bytes that the first device reads and writes a second, together, negating one large array: the best of several.
+    """Bytes per second that the first device reads and writes when it negates a large array; the best of several runs.
 
-    It is negated in place: pages of memory that is new to the process cost a CPU more than writing them.
+    The array is negated in place, because on a CPU a first access to new pages takes longer than writing them.
 
     Args:
       num_bytes: of the array; by default 2**28 on a CPU, 2**31 elsewhere.
@@ -97,7 +97,7 @@ def copy_rate(num_bytes: int | None = None) -> float:
 
 
 def matmul_rate(dtype: str, size: int | None = None) -> float:
-    """FLOP/s of the first device in a product of two large matrices, at JAX's default precision: the best of several.
+    """FLOP/s of a product of two large matrices on the first device, at JAX's default precision; the best of several.
 
     Args:
       dtype: of the matrices.
@@ -110,7 +110,7 @@ def matmul_rate(dtype: str, size: int | None = None) -> float:
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """The slope of log y in log x by least squares; None for less than two points."""
+    """The slope of log y in log x by least squares; None for fewer than two values of x."""
     if len(set(xs)) < 2:
         return None
     a, b = [math.log(x) for x in xs], [math.log(y) for y in ys]
@@ -120,7 +120,7 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
 
 
 def write_csv(path: str, rows: Sequence[dict]) -> None:
-    """Writes rows of the same columns, floats with 6 digits."""
+    """Writes rows with the same columns, floats with 6 digits."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -1,16 +1,14 @@
-"""`bench sample`: images a second of the sampler of a config's model, with random weights; nothing is decoded."""
+"""`bench sample`: images per second of sampling with random weights; latents are not decoded."""
 
 import functools
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from diffussm_jax.bench.measure import median_seconds
-from diffussm_jax.build import build_model, build_sampler, build_schedule, input_shape
-from diffussm_jax.config import validate
-from diffussm_jax.parallel.mesh import make_mesh
-from diffussm_jax.training.state import init_params
+from diffussm_jax.build import Parts
+from diffussm_jax.parallel.mesh import replicated
+from diffussm_jax.validation import validate
 
 COLUMNS = {"images_per_second": ".4g", "step_ms": ".1f"}
 
@@ -19,7 +17,7 @@ def bench_sample(config: ConfigDict, *, repeats: int = 3) -> dict[str, float | i
     """Times sampling a batch by `config.sampling`.
 
     Args:
-      config: as for a run; `batch_size` images are sampled at once.
+      config: of a run; `batch_size` images are sampled at once.
       repeats: timed batches, after one that compiles.
 
     Returns:
@@ -29,17 +27,15 @@ def bench_sample(config: ConfigDict, *, repeats: int = 3) -> dict[str, float | i
       ValueError: the config is wrong.
     """
     validate(config, jax.device_count())
-    mesh = make_mesh(**config.mesh.to_dict())
-    model = build_model(config)
-    params = init_params(model, input_shape(config), config.seed)
-    generate = build_sampler(config, model, build_schedule(config), mesh)
-    labels = np.arange(config.batch_size, dtype=np.int32) % max(1, config.data.num_classes)
-    program = functools.partial(generate, params, labels, jax.random.key(0))
+    parts, batch_size = Parts(config, has_decoder=False), config.batch_size
+    params = jax.device_put(parts.model.init_params(parts.input_shape, config.seed), replicated(parts.mesh))
+    arguments = params, parts.model.example_condition(batch_size), batch_size, jax.random.key(0)
+    program = functools.partial(parts.generator, *arguments)
     time = median_seconds({"batch": program}, repeats)["batch"]
     return {
         "sampler": config.sampling.sampler,
         "num_steps": config.sampling.num_steps,
         "guidance_scale": config.sampling.guidance_scale,
-        "images_per_second": config.batch_size / time,
+        "images_per_second": batch_size / time,
         "step_ms": 1e3 * time / config.sampling.num_steps,
     }

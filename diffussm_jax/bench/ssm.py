@@ -1,10 +1,10 @@
 """`bench ssm`: the methods of the SSM side by side in one run, forward, and forward with all gradients.
 
-Times are of the bidirectional SSM, jitted, from the real parameters of `init_s4d`: y, and y with the gradients of u and
-of every real parameter for a given gradient of y. The repetitions of all methods take turns, so that a slow moment of
-the machine falls on all of them; the median counts. Memory is what XLA plans; bytes and FLOPs are what it counts (the
-body of a loop once), with Pallas calls as `counts` counts them, and their rates stand beside the machine's own: a large
-copy and a large matrix product of the same run.
+Times are of the jitted bidirectional SSM from the real parameters of `init_s4d`: y, and y with the gradients of u and
+of every real parameter for a given gradient of y. All methods take turns, so that slow moments of the machine affect
+all of them; the median counts. Memory is what XLA plans. Bytes and FLOPs are XLA's count (the body of a loop once) plus
+the count of Pallas calls (`counts`). Their rates are compared with those of a large copy and a large matrix product in
+the same run.
 """
 
 import functools
@@ -29,14 +29,14 @@ from diffussm_jax.ssm import METHODS, init_s4d, ssm_apply_bidirectional, to_comp
 Shape = tuple[int, int, int, int]
 PASSES = ("forward", "gradient")
 LENGTHS = (256, 1024, 4096, 16_384, 65_536)
-# Methods whose time per position grows with L, or which go through positions one by one: not beyond this length.
+# Longest sequences of methods whose time per position grows with L, or which go through positions one by one.
 MAX_LENGTHS = {"recurrent": 1024, "associative": 4096}
-# Vandermonde arrays [D, N/2, L] of complex64 that torch_naive keeps for its gradients, both directions together.
+# Vandermonde arrays [D, N/2, L] of complex64 that torch_naive saves for its gradients, both directions together.
 _TORCH_ARRAYS = 8
 
 
 class Rates(NamedTuple):
-    """The machine's own speed: bytes read and written a second by a copy, FLOP/s of a matrix product."""
+    """Peak rates of the machine: bytes read and written per second by a copy, FLOP/s of a matrix product."""
 
     copy: float
     matmul: float
@@ -54,7 +54,7 @@ def default_methods() -> list[str]:
 
 
 def own_methods() -> list[str]:
-    """What "auto" chooses from on this platform: all of the package but the recurrence, which is never the fastest."""
+    """The methods that "auto" chooses from on this platform: all but the recurrence, which is never the fastest."""
     left_out = {"auto", "recurrent"} | ({"pallas"} if jax.default_backend() == "cpu" else set())
     return [name for name in METHODS if name not in left_out]
 
@@ -67,16 +67,15 @@ def parse_shape(text: str) -> Shape:
     return tuple(int(part) for part in parts)
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """ValueError if one is not known."""
-    known = [NAIVE, *TORCH_METHODS, *METHODS]
+def check_methods(methods: Sequence[str], known: Sequence[str] = (NAIVE, *TORCH_METHODS, *METHODS)) -> None:
+    """Raises ValueError if a method is unknown."""
     for name in methods:
         if name not in known:
             raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}")
 
 
 def ssm_functions(name: str, platform: str | None = None) -> tuple[Callable, Callable]:
-    """(real forward, real backward, u) -> y, and (.., dy) -> y and all gradients, as computed on a platform."""
+    """(real forward, real backward, u) -> y, and (.., dy) -> y and all gradients, for a platform."""
 
     def forward_pass(forward, backward, u):
         if name == NAIVE:
@@ -99,7 +98,7 @@ def ssm_arguments(shape: Shape, dtype: str) -> tuple[dict, dict, jax.Array, jax.
 
 
 def left_out(name: str, shape: Shape) -> str:
-    """Why a method is not worth trying at a shape, before anything is compiled; "" if it is."""
+    """Why a method is not compiled for a shape; "" if it is."""
     _, L, D, N = shape
     if name in TORCH_METHODS and torch_left_out():
         return torch_left_out()
@@ -117,12 +116,12 @@ def _too_much(num_bytes: int) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _prepare(name: str, shape: Shape, arguments: tuple) -> tuple[tuple[Callable, Callable], tuple[Costs | None, ...]]:
-    """Both programs of a method without arguments, and their costs; ValueError if it cannot run."""
+    """Both programs of a method, their arguments bound, and their costs; ValueError if the method cannot run."""
     reason = left_out(name, shape)
     if reason:
         raise ValueError(reason)
@@ -132,7 +131,7 @@ def _prepare(name: str, shape: Shape, arguments: tuple) -> tuple[tuple[Callable,
     for function, of in zip(ssm_functions(name), (arguments[:3], arguments), strict=True):
         try:
             compiled, cost = compile_program(function, *of)
-        except Exception as error:  # each compiler refuses what it cannot do with errors of its own
+        except Exception as error:  # compilers raise many types of errors
             raise ValueError(first_line(error)) from error
         if _too_much(cost.memory_bytes):
             raise ValueError(_too_much(cost.memory_bytes))
@@ -154,10 +153,10 @@ def bench_ssm(
       rates: of the machine, to compare with.
 
     Returns:
-      A row a method: platform, device, dtype, B, L, D, N, method, and of the forward pass and of forward with all
-      gradients: forward_ms, .._mb (memory that XLA plans), .._gb_per_s, .._gflop_per_s, .._copy_share and
-      .._matmul_share (of the machine's rates), .._speedup (over the first method that ran). What is not known is None.
-      left_out says why a method was not run; else it is "".
+      A row for each method: platform, device, dtype, B, L, D, N, method; for the forward pass, and for forward with all
+      gradients under gradient_..: forward_ms, .._mb (memory that XLA plans), .._gb_per_s, .._gflop_per_s, .._copy_share
+      and .._matmul_share (of the machine's rates), .._speedup (over the first method that ran). Unknown figures are
+      None. left_out says why a method did not run; else it is "".
 
     Raises:
       ValueError: a method is unknown.
@@ -206,9 +205,9 @@ def _figures(which: str, time: float | None, first: float | None, cost: Costs | 
 
 
 def slopes(rows: Sequence[dict], column: str = "gradient_ms") -> dict[str, float]:
-    """The slope of log time in log L of each method that was timed at two lengths or more, with the same B, D and N.
+    """The slope of log time in log L of each method that was timed at several L with the same B, D and N.
 
-    The key is the method, with B x D x N behind it where there are several.
+    The key is the method, followed by B x D x N if there are several.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -221,7 +220,7 @@ def slopes(rows: Sequence[dict], column: str = "gradient_ms") -> dict[str, float
 
 
 def print_head(methods: Sequence[str], *, dtype: str, repeats: int) -> Rates:
-    """Prints the machine and the names of the columns; ValueError if a method is unknown."""
+    """Prints the machine and the names of the columns, and returns its rates; ValueError if a method is unknown."""
     check_methods(methods)
     rates = Rates(copy_rate(), matmul_rate(dtype))
     print(f"{machine_name()}, {dtype}; medians of {repeats}, forward + all gradients")
@@ -250,7 +249,7 @@ def print_ssm(shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str, re
 
 
 def print_slopes(rows: Sequence[dict]) -> None:
-    """Prints `slopes` in a line, if there are any."""
+    """Prints `slopes` in one line, if there are any."""
     found = slopes(rows)
     if found:
         print("slope of log time (+ gradients) in log L: " + ", ".join(f"{k} {x:.2f}" for k, x in found.items()))
@@ -270,7 +269,7 @@ def _line(row: dict) -> str:
 
 
 def plot(rows: Sequence[dict], path: str) -> None:
-    """Draws time against L, both logarithmic, a line for each method with its slope, and writes a PNG.
+    """Writes a PNG of time against L, both logarithmic, with a line and its slope for each method.
 
     Raises:
       ValueError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""`bench ssm --write_table`: the times from which `ssm_method="auto"` chooses."""
+"""`bench ssm --write_table`: the times from which method "auto" of the SSM chooses."""
 
 import csv
 import os
@@ -10,15 +10,15 @@ from diffussm_jax.bench.ssm import LENGTHS, Shape, print_head, print_shape, prin
 from diffussm_jax.bench.yardsticks import NAIVE, TORCH_METHODS
 from diffussm_jax.ssm.auto import TABLE, Measurement, read_table
 
-HOPELESS = 10  # times the fastest's time
+HOPELESS = 10  # multiple of the time of the fastest method
 _WIDTHS = {"cpu": (96, 384, 1152)}
 _OTHER_WIDTHS = (384, 1152)
-_POSITIONS = {"cpu": 4096}  # of a batch, where one sequence is not longer
+_POSITIONS = {"cpu": 4096}  # of a batch; longer sequences have B = 1
 _OTHER_POSITIONS = 65_536
 
 
 def table_shapes() -> list[Shape]:
-    """The grid of L and D; B such that there are enough positions to keep the machine busy."""
+    """The grid of L and D, with B large enough to keep the machine busy."""
     platform = jax.default_backend()
     positions = _POSITIONS.get(platform, _OTHER_POSITIONS)
     return [(max(1, positions // L), L, D, 64) for D in _WIDTHS.get(platform, _OTHER_WIDTHS) for L in LENGTHS]
@@ -27,9 +27,9 @@ def table_shapes() -> list[Shape]:
 def print_table(
     path: str | os.PathLike, shapes: Sequence[Shape], methods: Sequence[str], *, dtype: str, repeats: int
 ) -> list[dict]:
-    """Times methods as `print_ssm`, and writes a table shape by shape, so that a run that is stopped loses one.
+    """Times methods as `print_ssm`, and writes the table after each shape, so that a stopped run loses one shape.
 
-    A method that takes `HOPELESS` times as long as the fastest is left out at the shapes that follow.
+    A method that takes over `HOPELESS` times as long as the fastest is left out from then on.
 
     Args:
       path: of the table.
@@ -42,7 +42,7 @@ def print_table(
       The rows of all shapes.
 
     Raises:
-      ValueError: a method is unknown, the file is no table, or no method of the package was timed.
+      ValueError: a method is unknown, the file is not a table, or no method of the package was timed.
     """
     if os.path.exists(path):
         read_table(path)  # before any measurement
@@ -61,23 +61,23 @@ def print_table(
 
 
 def hopeless(rows: Sequence[dict]) -> list[str]:
-    """The methods of a shape that took over `HOPELESS` times the time of the fastest."""
+    """The methods that took over `HOPELESS` times as long as the fastest at a shape."""
     times = {row["method"]: row["gradient_ms"] for row in rows if not row["left_out"]}
     return [name for name, time in times.items() if time > HOPELESS * min(times.values())]
 
 
 def write_table(rows: Sequence[dict], path: str | os.PathLike = TABLE) -> int:
-    """Writes rows of `bench_ssm` to a table, in place of its rows of the same platform, dtype, L, D and N.
+    """Writes rows of `bench_ssm` to a table. They replace rows with the same platform, dtype, L, D and N.
 
     Args:
-      rows: of any shapes. Yardsticks, "auto" and what was left out are not written.
-      path: of the table; made if there is none.
+      rows: of any shapes. Yardsticks, "auto" and methods that did not run are not written.
+      path: of the table, which is created if it does not exist.
 
     Returns:
       The number of rows written.
 
     Raises:
-      ValueError: the file is there and is no table.
+      ValueError: the file exists and is not a table.
     """
     kept = [row for row in rows if not row["left_out"] and row["method"] not in (NAIVE, *TORCH_METHODS, "auto")]
     new = [Measurement(*(row[name] for name in Measurement._fields)) for row in kept]

@@ -1,4 +1,4 @@
-"""`bench vae`: the autoencoder's time and memory for one image, whole and by tiles."""
+"""`bench vae`: time and memory of the autoencoder for one image, whole and in tiles."""
 
 import functools
 
@@ -10,16 +10,17 @@ from diffussm_jax.bench.measure import median_seconds, planned_bytes
 
 
 def bench_vae(image_size: int, *, dtype: str = "float32", is_tiled: bool = False, repeats: int = 3) -> dict[str, float]:
-    """Times the full-size autoencoder of Stable Diffusion on one image, and reads how much memory XLA plans for.
+    """Times the full-size autoencoder of Stable Diffusion on one image, and returns the memory that XLA plans.
 
     Args:
       image_size: pixels, a multiple of 8.
       dtype: of its layers.
-      is_tiled: by tiles of 512 pixels; else whole.
+      is_tiled: whether the image is computed in tiles of 512 pixels.
       repeats: timed repetitions; the median counts.
 
     Returns:
-      encode_s, decode_s, encode_mb, decode_mb. Tiled, the memory is that of a tile's program, the image and the output.
+      encode_s, decode_s, encode_mb, decode_mb. In tiles, the memory is that of the program of one tile, the image and
+      the latents.
     """
     model = AutoencoderKL(dtype=jnp.dtype(dtype))
     params = init_params(model, 0)
@@ -44,10 +45,10 @@ def bench_vae(image_size: int, *, dtype: str = "float32", is_tiled: bool = False
 
 
 def print_vae(image_sizes: list[int], *, dtype: str, repeats: int) -> None:
-    """Prints a line for each size, and for large ones another by tiles.
+    """Prints a line for each size, and another one in tiles for sizes above 512.
 
     Raises:
-      ValueError: a size is no multiple of 8.
+      ValueError: a size is not a multiple of 8.
     """
     if any(size < 1 or size % 8 for size in image_sizes):
         raise ValueError(f"--image_sizes are multiples of 8, such as 256,512; got {image_sizes}")

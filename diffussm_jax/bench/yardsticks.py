@@ -1,12 +1,12 @@
-"""The bidirectional SSM as others compute it, to compare speeds with: in JAX, and in PyTorch where it is installed.
+"""The bidirectional SSM of public code, to compare speeds with: in JAX, and in PyTorch if it is installed.
 
-Both naive forms are what public code does (S4D, arXiv 2206.11893, listing 1): for each direction the kernel from the
-full Vandermonde array,
+Both naive forms follow public code (S4D, arXiv 2206.11893, listing 1). For each direction they make the full
+Vandermonde array [D, N/2, L] and from it the kernel
 
-    K[l] = 2 Re sum_n C_n B_bar_n exp(dt Lambda_n l)      [D, N/2, L] is made,
+    K[l] = 2 Re sum_n C_n B_bar_n exp(dt Lambda_n l),
 
-a convolution by FFTs of length 2L, and the skip D u. `torch_two_level` has the kernel from about 2 sqrt(L) powers
-(`ssm.kernel`) and both directions from one transform of u.
+convolve by FFTs of length 2L, and add the skip D u. `torch_two_level` makes the kernel from about 2 sqrt(L) powers
+(`ssm.kernel`), and both directions from one transform of u.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ TORCH_METHODS = ("torch_naive", "torch_two_level")
 
 
 def fft_naive(forward: SSMParams, backward: SSMParams, u: jax.Array) -> jax.Array:
-    """The bidirectional SSM as public code computes it: [B, L, D] -> [B, L, 2D]. Only a yardstick."""
+    """The bidirectional SSM by the naive form of public code: [B, L, D] -> [B, L, 2D]; for comparison only."""
     L, dtype = u.shape[1], u.dtype
 
     def one_direction(params, u):
@@ -42,7 +42,7 @@ def fft_naive(forward: SSMParams, backward: SSMParams, u: jax.Array) -> jax.Arra
 
 
 def torch_left_out() -> str:
-    """Why PyTorch cannot be compared with JAX on its first device; "" if it can."""
+    """Why PyTorch cannot run on the device that JAX uses; "" if it can."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed"
     import torch
@@ -55,7 +55,7 @@ def torch_left_out() -> str:
 def torch_programs(
     name: str, forward: dict, backward: dict, u: jax.Array, dy: jax.Array
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The forward pass by PyTorch, and forward with the gradients of everything; on a CPU by all its cores.
+    """The forward pass in PyTorch, and forward with all gradients; on a CPU with all its cores.
 
     Args:
       name: one of `TORCH_METHODS`.
@@ -97,7 +97,7 @@ def torch_programs(
 
 
 def _torch_terms(real):
-    """dt Lambda and 2 C B_bar [D, N/2] complex, of real parameters."""
+    """dt Lambda and 2 C B_bar, complex [D, N/2], from real parameters."""
     import torch
 
     Lambda = torch.complex(-torch.exp(real["log_neg_re"]), real["im"])

@@ -1,1 +1,1 @@
-"""Data: sources of images, the order in which training reads them, and the way between pixels and model values."""
+"""Data: sources of images, the order of records in training, and conversion between pixels and model values."""

@@ -1,4 +1,4 @@
-"""Between what a data source holds and the x_0 that a model sees, and back to images."""
+"""Conversion from a batch of records to the model's x_0, and from x_0 to images."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from diffussm_jax.data.transforms import random_flip, to_uint8, to_unit_range
 
 
 class Codec(NamedTuple):
-    """All in which pixels and latents differ for training and sampling.
+    """The conversions in which pixels and latents differ.
 
     Attributes:
       encode: (batch, key) -> x_0 [B, H, W, C] float32, under jit.
@@ -23,7 +23,7 @@ class Codec(NamedTuple):
 
 
 def pixel_codec(*, is_flipped: bool = False) -> Codec:
-    """Pixels in [-1, 1]; half of the images mirrored if `is_flipped`."""
+    """The codec of pixels in [-1, 1]. With `is_flipped`, half of the images are mirrored at random."""
 
     def encode(batch, key):
         images = random_flip(batch["image"], key) if is_flipped else batch["image"]
@@ -33,11 +33,10 @@ def pixel_codec(*, is_flipped: bool = False) -> Codec:
 
 
 def latent_codec(scaling_factor: float, decode: Callable[[jax.Array], jax.Array] | None) -> Codec:
-    """Latents times `scaling_factor`.
+    """The codec of latents: x_0 is a drawn latent times the autoencoder's `scaling_factor`.
 
     Args:
-      scaling_factor: of the autoencoder.
-      decode: latents, not scaled -> images in [-1, 1]; None if there is no decoder.
+      decode: unscaled latents -> images in [-1, 1]; None if there is no decoder.
     """
 
     def encode(batch, key):

@@ -1,7 +1,6 @@
-"""Images in files: from a file's bytes to RGB pixels, and folders, zip and tar files as sources.
+"""Image files: decoding to RGB pixels, and folders, zip and tar files as sources.
 
-Nothing is ever unpacked to disk. Many threads may read one source; each read opens the file anew, so none waits for
-another.
+Nothing is unpacked to disk. Sources are thread-safe: each read opens the file again, so threads never block each other.
 """
 
 import errno
@@ -24,17 +23,17 @@ from PIL import Image, ImageOps
 from diffussm_jax.io import is_bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
-MAX_ENCODED_BYTES = 1 << 30  # of one image in an archive, whose header may claim anything
+MAX_ENCODED_BYTES = 1 << 30  # per image of an archive, because a header may claim any size
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-# Pillow would also open formats that run other programs (EPS calls Ghostscript); these it reads by itself.
+# Formats that Pillow decodes itself. Others may run programs: EPS calls Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
-# Pillow imports its plugins when it first needs them, which fails in a thread while another library, TFDS for one, has
-# replaced `__import__` to import lazily.
+# Pillow imports its plugins lazily. In a thread that fails while another library (such as TFDS) has replaced
+# `__import__` for lazy imports.
 Image.init()
 
-# Odd metadata of one image in a million is no news, and `warnings.catch_warnings` is not for threads.
+# Warnings about odd metadata of single images are noise, and `warnings.catch_warnings` is not thread-safe.
 for _category in (UserWarning, RuntimeWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
@@ -44,9 +43,9 @@ class Example(NamedTuple):
 
     Attributes:
       image: [H, W, C] uint8.
-      label: its class; 0 where the source has none.
+      label: its class; 0 if the source has no classes.
       key: its name in the source.
-      conditions: arrays for other conditioners than the label's, by their keys.
+      conditions: arrays for conditioners other than the label's, by key.
     """
 
     image: np.ndarray
@@ -55,31 +54,31 @@ class Example(NamedTuple):
     conditions: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
-class BrokenImage(ValueError):  # noqa: N818 - it says what the item is
-    """An item of a source that cannot be read or decoded; the message names its key and the reason."""
+class BrokenImage(ValueError):  # noqa: N818 - the name describes the item
+    """Raised for an item that cannot be read or decoded. The message has its key and the reason."""
 
     def __init__(self, key: str, reason: object):
-        super().__init__(key, reason)  # both, so that it survives pickling
+        super().__init__(key, reason)  # both arguments, for pickling
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}"
 
 
 def decode_image(data: bytes, key: str) -> np.ndarray:
-    """Decodes an image file: JPEG, PNG, WebP, BMP, GIF, TIFF or PNM, by its content, not by its name.
+    """Decodes an image file: JPEG, PNG, WebP, BMP, GIF, TIFF or PNM, detected by content, not by name.
 
-    Gray, palettes, CMYK and 16 bits become 8-bit RGB, transparency is laid on white, the rotation that EXIF asks for is
-    done, and of an animation the first frame counts.
+    Gray, palette, CMYK and 16-bit images become 8-bit RGB. Transparent images are composited on white. The EXIF
+    rotation is applied. Of an animation the first frame is used.
 
     Args:
-      data: the file's content.
-      key: its name, for messages.
+      key: name of the file, for error messages.
 
     Returns:
       [H, W, 3] uint8, read-only.
 
     Raises:
-      BrokenImage: no such image, cut short, damaged, or of more than `MAX_PIXELS` pixels by its header.
+      BrokenImage: the format is unknown, the file is truncated or damaged, or its header has more than `MAX_PIXELS`
+        pixels.
     """
     if not data:
         raise BrokenImage(key, "the file is empty")
@@ -110,16 +109,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray, [0, 65535] spread over [0, 255]; Pillow's own conversion clips."""
+    """Rescales 16-bit gray from [0, 65535] to [0, 255]. Pillow's own conversion clips."""
     values = np.asarray(image)
-    # Mode "I" also holds 32-bit TIFFs, and nothing says what their black and white are.
+    # Mode "I" also holds 32-bit TIFFs, whose black and white levels are unknown.
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"gray values {values.min()} ... {values.max()}, outside of 16 bits")
+        raise ValueError(f"gray values {values.min()} ... {values.max()} exceed 16 bits")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """sha256, in hex, of what the parts' `repr` says."""
+    """SHA-256, in hex, of the `repr` of all parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(repr(part).encode() + b"\n")
@@ -127,11 +126,11 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 
 class _Files:
-    """Named image files: the rules that folders and archives share.
+    """Named image files: the rules shared by folders and archives.
 
-    The label is the folder that holds the image directly, among the sorted names of all such folders; where no image
-    has a folder (below the split's), there are no labels. Names that are hidden, __MACOSX, absolute, contain "..", or
-    do not end as images do are passed over.
+    The class of an image is its parent folder; labels number the sorted class names. If no image has a parent folder
+    below the split's, there are no labels. Skipped are names that are hidden, in __MACOSX, absolute, contain "..", or
+    have no image extension.
     """
 
     def __init__(self, kind: str, path: epath.Path, names: Collection[str], split: str):
@@ -150,7 +149,9 @@ class _Files:
         self.class_names = tuple(sorted(set(folders) - {""}))
         if self.class_names and "" in folders:
             stray = self._keys[folders.index("")]
-            raise ValueError(f"{path}: {stray} is in no class folder, others are; move it, or remove the folders")
+            raise ValueError(
+                f"{path}: {stray} is in no class folder, but other images are; move it, or remove the folders"
+            )
         label_of = {name: label for label, name in enumerate(self.class_names)} | {"": 0}
         self._labels = np.array([label_of[folder] for folder in folders], np.int32)
 
@@ -162,7 +163,7 @@ class _Files:
         try:
             data = self._read(key)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a lost disk or network is no broken image; an offset that cannot be is
+            if error.errno != errno.EINVAL:  # EINVAL is an impossible offset; other errors are of the disk or network
                 raise
             raise BrokenImage(key, f"cannot be read: {error}") from error
         except Exception as error:  # zipfile raises a dozen types for damaged members
@@ -173,23 +174,23 @@ class _Files:
         return fingerprint((key, self._stamp(key)) for key in self._keys)
 
     def _read(self, key: str) -> bytes:
-        """The file's content. An OSError says that the source is out of reach, anything else that it is broken."""
+        """Reads the file's content. An OSError means the source is unreachable, other errors mean it is broken."""
         raise NotImplementedError
 
     def _stamp(self, key: str) -> object:
-        """What tells cheaply that the file's content changed."""
+        """A cheap value that changes with the file's content."""
         raise NotImplementedError
 
 
 def _is_image(name: str) -> bool:
-    """By its name; names that climb out of the root are none."""
+    """Whether a name is an image's. Names that leave the root are not."""
     if name.startswith("/") or not name.lower().endswith(IMAGE_EXTENSIONS):
         return False
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _normal(name: str) -> str:
-    """A member's name without the "./" that `tar -C folder .` writes, and without empty parts."""
+    """Removes the "./" that `tar -C folder .` writes and empty parts from a member's name."""
     return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
@@ -199,14 +200,13 @@ def _check_size(num_bytes: int) -> None:
 
 
 class ImageFolder(_Files):
-    """Images in a folder, at any depth, local or remote (gs://...); local links are followed.
+    """Images in a folder, at any depth, local or remote (gs://...). Local links are followed.
 
     Args:
-      path: the folder.
-      split: the top-level folder to take; "" for everything.
+      split: the top-level folder to read; "" for everything.
 
     Raises:
-      FileNotFoundError: no such folder.
+      FileNotFoundError: the folder does not exist.
       ValueError: no images in the split, or images both within and without class folders.
     """
 
@@ -225,12 +225,12 @@ class ImageFolder(_Files):
         return (self._path / key).read_bytes()
 
     def _stamp(self, key: str) -> int:
-        # Where the folder is remote, a stat is a request: a million of them to start a job is too much.
+        # In a remote folder a stat is a request, and a job would start with a million of them.
         return 0 if is_bucket(self._path) else os.stat(self._path / key).st_size
 
 
 def _walk(root: epath.Path) -> Iterator[str]:
-    """The files below root, by their relative names."""
+    """Yields the relative names of all files below root."""
     start = os.fspath(root)
     for folder, subfolders, names in root.walk() if is_bucket(root) else os.walk(start, followlinks=True):
         folder = os.fspath(folder)
@@ -241,17 +241,17 @@ def _walk(root: epath.Path) -> Iterator[str]:
 
 
 def _leads_up(path: str) -> bool:
-    """Whether a link leads to a folder that it is in, and so would be walked for ever."""
+    """Whether a link leads to a folder that contains it, which would never end."""
     above = os.path.realpath(os.path.dirname(path)) + os.sep
     return os.path.islink(path) and above.startswith(os.path.join(os.path.realpath(path), ""))
 
 
 class ImageZip(_Files):
-    """Images in a zip file, local or remote; arguments and rules as `ImageFolder`.
+    """Images in a zip file, local or remote, with the arguments and rules of `ImageFolder`.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: as `ImageFolder`; or the file is damaged or cut short.
+      FileNotFoundError: the file does not exist.
+      ValueError: as for `ImageFolder`, or the file is damaged or truncated.
     """
 
     def __init__(self, path: epath.PathLike, split: str = ""):
@@ -259,9 +259,9 @@ class ImageZip(_Files):
         with self._path.open("rb") as file:
             try:
                 members = zipfile.ZipFile(file).infolist()
-            except Exception as error:  # struct.error, OverflowError, ... beside its own
+            except Exception as error:  # struct.error, OverflowError, ... and zipfile's own
                 raise ValueError(f"{self._path} is not a zip file, or is damaged or cut short: {error}") from error
-        # Of two members of one name the later counts, as it does for unzip.
+        # Of two members with the same name the later one is used, as in unzip.
         self._members = {_normal(member.filename): member for member in members}
         super().__init__("zip", self._path, self._members, split)
 
@@ -270,7 +270,7 @@ class ImageZip(_Files):
         _check_size(member.file_size)
         if member.flag_bits & 1:
             raise ValueError("it is encrypted")
-        with self._path.open("rb") as file:  # ZipFile.read would let all threads wait for one file
+        with self._path.open("rb") as file:  # ZipFile.read would make all threads wait for one file
             file.seek(member.header_offset)
             signature, name_length, extra_length = struct.unpack("<4s22x2H", file.read(30))
             if signature != b"PK\x03\x04":
@@ -280,7 +280,7 @@ class ImageZip(_Files):
                 try:
                     return content.read()
                 except OSError as error:
-                    if error.errno is None:  # what bz2 raises for damaged data; the system's have a number
+                    if error.errno is None:  # bz2 raises this for damaged data; errors of the system have a number
                         raise ValueError(str(error)) from error
                     raise
 
@@ -289,14 +289,14 @@ class ImageZip(_Files):
 
 
 class ImageTar(_Files):
-    """Images in an uncompressed tar file, local or remote; arguments and rules as `ImageFolder`.
+    """Images in an uncompressed tar file, local or remote, with the arguments and rules of `ImageFolder`.
 
-    A tar within it counts as a folder of its name, as in ImageNet's ILSVRC2012_img_train.tar, whose n01440764.tar holds
-    n01440764_10026.JPEG. All headers are read once, when it is opened. Links and sparse members are passed over.
+    A tar inside it is treated as a folder of that name, as in ImageNet's ILSVRC2012_img_train.tar, whose n01440764.tar
+    holds n01440764_10026.JPEG. All headers are read once, at opening. Links and sparse members are skipped.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: as `ImageFolder`; or the file is compressed, damaged or cut short.
+      FileNotFoundError: the file does not exist.
+      ValueError: as for `ImageFolder`, or the file is compressed, damaged or truncated.
     """
 
     def __init__(self, path: epath.PathLike, split: str = ""):
@@ -305,10 +305,10 @@ class ImageTar(_Files):
             start = file.read(8)
             for magic, name in _COMPRESSED.items():
                 if start.startswith(magic):
-                    raise ValueError(f"{self._path} is compressed ({name}), so it has no random access: unpack it")
+                    raise ValueError(f"{self._path} is compressed ({name}), so it has no random access; unpack it")
             try:
                 self._members = _index_tar(file)
-            except Exception as error:  # UnicodeDecodeError, KeyError, ... beside its own
+            except Exception as error:  # UnicodeDecodeError, KeyError, ... and tarfile's own
                 raise ValueError(f"{self._path} is not a tar file, or is damaged or cut short: {error}") from error
         super().__init__("tar", self._path, self._members, split)
 
@@ -327,7 +327,7 @@ class ImageTar(_Files):
 
 
 def _index_tar(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Offset and size of every file in a tar and in the tars within it, by name."""
+    """Offset and size of every file in a tar and in its inner tars, by name."""
     members = {}
     for name, (offset, size) in list(_scan_tar(file, 0)):
         if name.lower().endswith(".tar") and not any(part.startswith(".") for part in name.split("/")):
@@ -339,20 +339,20 @@ def _index_tar(file: BinaryIO) -> dict[str, tuple[int, int]]:
 
 
 def _scan_tar(file: BinaryIO, start: int, end: float = float("inf")) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(name, (offset, size)) of the files of the tar between the bytes `start` and `end`.
+    """Yields (name, (offset, size)) for the files of the tar between the bytes `start` and `end`.
 
     Raises:
-      tarfile.TarError, ValueError: it is damaged or cut short.
+      tarfile.TarError, ValueError: it is damaged or truncated.
     """
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile remembers all of them, 1 KB each
+            archive.members.clear()  # tarfile keeps all of them, 1 KB each
             if member.size < 0 or member.offset_data + member.size > end:
-                raise ValueError(f"{member.name} of {member.size} bytes does not end within its archive")
+                raise ValueError(f"{member.name} of {member.size} bytes extends beyond its archive")
             if member.isreg() and not member.issparse():
                 yield _normal(member.name), (member.offset_data, member.size)
-        # tarfile takes a header that it cannot read for the end; the true end is a block of zeros.
+        # tarfile treats an unreadable header as the end. The true end is a block of zeros.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ValueError(f"neither a header nor the end mark at byte {archive.offset:,}")

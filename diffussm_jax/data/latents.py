@@ -1,18 +1,18 @@
-"""Data sets of latents: what a frozen autoencoder made of images, in TFDS's array_record format, with a card.
+"""Latent data sets: the outputs of a frozen autoencoder in TFDS's array_record format, with a card.
 
 A folder holds one data set of one or more splits:
 
-    latents-train.array_record-00000-of-00313   shards; each record an image's latent and its mirror image's
-    card-train.json                             where they come from, statistics, and the checksum of each shard
-    dataset_info.json, features.json            TFDS's metadata: `tfds.builder_from_directory(folder)` reads it
+    latents-train.array_record-00000-of-00313   shards; each record has the latents of an image and of its mirror image
+    card-train.json                             source, settings, statistics, and the checksum of each shard
+    dataset_info.json, features.json            TFDS's metadata, for `tfds.builder_from_directory(folder)`
 
-A shard appears under its name only when it is whole, and a split in `dataset_info.json` only when all of its shards are
-there. The folder may be a bucket (gs://...): array_record reads and writes local files only, so shards are made in a
-temporary folder and copied, and copied to this machine's cache before they are read. A record is
+A shard gets its name only when it is complete. A split is in `dataset_info.json` only when all of its shards exist. The
+folder may be a bucket (gs://...). array_record reads and writes only local files, so shards are written to a temporary
+folder and copied to the bucket, and copied to a local cache before reading. A record is
 
-    mean, log_std   [2, H, W, C] float16, of the encoder's normal distribution, not scaled; second, the mirror image's
+    mean, log_std   [2, H, W, C] float16, of the encoder's normal distribution, unscaled; index 1 is the mirror image
     label           int, 0 without classes
-    key             the image's name in its source
+    key             name of the image in its source
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _FILENAME_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 def shard_name(split: str, index: int, num_shards: int) -> str:
-    """The file name of a shard, as TFDS expects it."""
+    """The file name of a shard, in TFDS's convention."""
     return f"{NAME}-{split}.array_record-{index:05d}-of-{num_shards:05d}"
 
 
@@ -54,15 +54,12 @@ def _features(latent_shape: Sequence[int], class_names: Sequence[str]):
 
 
 class ShardWriter:
-    """Writes one shard: `write` for each record, then `finish`, which gives it its name. Until then it is no shard.
+    """Writes one shard: call `write` for each record, then `finish`, which gives the file its name.
 
     Args:
-      folder: of the data set; exists.
-      split: such as "train".
-      index: of the shard.
-      num_shards: of the split.
+      folder: of the data set; must exist.
       latent_shape: (H, W, C).
-      class_names: of the labels; empty if there are none.
+      class_names: empty if there are no labels.
     """
 
     def __init__(
@@ -83,7 +80,7 @@ class ShardWriter:
         self._partial = self._path.with_name(self._path.name + ".partial")
         if is_bucket(folder):
             self._partial = epath.Path(tempfile.mkdtemp(prefix="diffussm_jax_")) / self._partial.name
-        # One record a group: random access then reads no neighbours.
+        # One record per group, so that random access reads no neighbours.
         self._writer = ArrayRecordWriter(str(self._partial), "group_size:1")
         self._num_records, self._num_bytes = 0, 0
         self._sums = np.zeros((3, latent_shape[-1]))  # of mean, mean**2, std**2, over both mirrors
@@ -106,10 +103,10 @@ class ShardWriter:
         self._sums += [x.sum((0, 1, 2)) / (m.size / m.shape[-1]) for x in (m, m**2, s**2)]
 
     def finish(self) -> dict:
-        """Names the shard, and returns what the card says of it, with the sums that make the card's statistics."""
+        """Names the shard. Returns its entry in the card, and the sums for the card's statistics."""
         self._writer.close()
         with open(self._partial, "rb") as file:
-            os.fsync(file.fileno())  # on the disk before it has its name
+            os.fsync(file.fileno())  # flush to disk before the rename
         about = {
             "file": self._path.name,
             "num_records": self._num_records,
@@ -119,15 +116,15 @@ class ShardWriter:
             "sums": self._sums.tolist(),
         }
         if is_bucket(self._path):
-            self._partial.copy(self._path, overwrite=True)  # a bucket shows an object when it is whole
+            self._partial.copy(self._path, overwrite=True)  # a bucket shows only complete objects
             self._partial.parent.rmtree()
         else:
             self._partial.replace(self._path)
         return about
 
     def discard(self) -> None:
-        """Deletes what was written."""
-        with contextlib.suppress(Exception):  # it may be a failed write that led here
+        """Deletes the unfinished shard."""
+        with contextlib.suppress(Exception):  # a failed write may be the reason for this call
             self._writer.close()
         self._partial.unlink(missing_ok=True)
         if is_bucket(self._path):
@@ -137,25 +134,21 @@ class ShardWriter:
 def write_card(
     folder: epath.PathLike, split: str, settings: Mapping, shards: Sequence[Mapping], skipped: Sequence
 ) -> dict:
-    """Completes a split: TFDS's metadata, then its card, which makes it a finished one.
+    """Completes a split: writes TFDS's metadata, then the card that marks it as finished, and returns the card.
 
     Args:
-      folder: of the data set.
-      split: all of whose shards are there.
-      settings: of what they were made: at least "source", "image_size", "latent_shape", "class_names" and "vae" with
-        its "name", "sha256", "encoder_sha256", "scaling_factor" and "dtype".
-      shards: what `ShardWriter.finish` returned for each, in order.
+      split: all of its shards must exist.
+      settings: how they were made: at least "source", "image_size", "latent_shape", "class_names", and "vae" with
+        "name", "sha256", "encoder_sha256", "scaling_factor" and "dtype".
+      shards: the results of `ShardWriter.finish`, in order.
       skipped: images left out, as {"index", "key", "reason"}.
 
-    Returns:
-      The card.
-
     Raises:
-      ValueError: another split in the folder is of other settings, or no image is left.
+      ValueError: another split in the folder has other settings, or all images were skipped.
     """
     folder, num_records = epath.Path(folder), sum(shard["num_records"] for shard in shards)
     if not num_records:
-        raise ValueError(f"no image could be read: all {len(skipped)} were skipped")
+        raise ValueError(f"all {len(skipped)} images are broken")
     mean, square, variance = np.sum([shard["sums"] for shard in shards], 0) / num_records
     card = {
         "format_version": FORMAT_VERSION,
@@ -178,17 +171,17 @@ def write_card(
 
 
 def check_joins(folder: epath.Path, split: str, settings: Mapping) -> None:
-    """Refuses a split that does not belong to the other splits of a folder; ValueError as `check_same_kind`."""
+    """Checks that a split fits the other splits of a folder; raises as `check_same_kind`."""
     for other in _splits(folder):
         if other != split:
             check_same_kind(settings, read_card(folder, other), f"split {split!r}", f"split {other!r} of {folder}")
 
 
 def check_same_kind(ours: Mapping, theirs: Mapping, our_name: str, their_name: str) -> None:
-    """Refuses splits that do not belong to one data set.
+    """Checks that two splits can belong to one data set.
 
     Raises:
-      ValueError: image size, latent shape, autoencoder or classes differ; both values are named.
+      ValueError: image size, latent shape, autoencoder or classes differ. The message has both values.
     """
 
     def kind(card):
@@ -202,11 +195,11 @@ def check_same_kind(ours: Mapping, theirs: Mapping, our_name: str, their_name: s
         if ours[key] != theirs[key]
     ]
     if differing:
-        raise ValueError("these do not make one data set: " + "; ".join(differing))
+        raise ValueError("these splits do not belong to one data set: " + "; ".join(differing))
 
 
 def check_split_name(split: str) -> None:
-    """ValueError unless TFDS can have a split of that name."""
+    """Raises ValueError unless TFDS allows the name."""
     if not re.fullmatch(r"\w[\w-]*", split) or split == "all":
         raise ValueError(f"a split's name is letters, digits, _ and -, and not 'all'; got {split!r}")
 
@@ -240,16 +233,16 @@ def _write_metadata(folder: epath.Path, cards: Mapping[str, Mapping]) -> None:
         split_infos=split_infos,
         filename_template=_FILENAME_TEMPLATE,
         description=f"Latents of {card['source']}",
-        check_data=False,  # which would need TensorFlow
+        check_data=False,  # the check needs TensorFlow
     )
 
 
 def read_card(folder: epath.PathLike, split: str) -> dict:
-    """The card of a split.
+    """Reads the card of a split.
 
     Raises:
-      FileNotFoundError: the folder holds no such split; those that it holds are named.
-      ValueError: the card cannot be read.
+      FileNotFoundError: the folder has no such split. The message lists its splits.
+      ValueError: the card is damaged or of another format version.
     """
     folder = epath.Path(folder)
     path = folder / card_name(split)
@@ -264,12 +257,12 @@ def read_card(folder: epath.PathLike, split: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(card, dict) or card.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} is no card of format version {FORMAT_VERSION}")
+        raise ValueError(f"{path} is not a card of format version {FORMAT_VERSION}")
     return card
 
 
 def check_card(card: Mapping, data: Mapping, path: str) -> None:
-    """ValueError, naming every key and both values, where a card does not fit the keys of `config.data`."""
+    """Raises a ValueError with each key and both values if a card does not match `config.data`."""
     H, _, C = card["latent_shape"]
     expected = {
         "image_size": card["image_size"],
@@ -281,24 +274,24 @@ def check_card(card: Mapping, data: Mapping, path: str) -> None:
         expected["num_classes"] = len(card["class_names"])
     wrong = [f"config.data.{k} = {data[k]}, the card has {v}" for k, v in expected.items() if data[k] != v]
     if wrong:
-        raise ValueError(f"the latents of {path} do not fit the config: " + "; ".join(wrong))
+        raise ValueError(f"the latents of {path} do not match the config: " + "; ".join(wrong))
 
 
 def has_shard(folder: epath.Path, shard: Mapping) -> bool:
-    """Whether a shard is there, and as long as `ShardWriter.finish` said."""
+    """Whether a shard exists with the size that `ShardWriter.finish` returned."""
     path = folder / shard["file"]
     return path.exists() and path.stat().length == shard["file_bytes"]
 
 
 def check_shards(folder: epath.Path, card: Mapping) -> None:
-    """FileNotFoundError unless all shards of a card are there, at their length."""
+    """Raises FileNotFoundError unless all shards of a card exist with their recorded size."""
     missing = [shard["file"] for shard in card["shards"] if not has_shard(folder, shard)]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards or has them cut short: {missing[0]} ...")
 
 
 def _local_copy(folder: epath.Path, card: Mapping) -> epath.Path:
-    """A folder of this machine with a split of a bucket in it; what is there already is not copied again."""
+    """Copies a split of a bucket to a local cache, without the files that are already there. Returns the folder."""
     wanted = {shard["file"]: shard["sha256"] for shard in card["shards"]}
     identity = hashlib.sha256(json.dumps([str(folder), wanted]).encode()).hexdigest()[:16]
     local = epath.Path("~/.cache/diffussm_jax/latents").expanduser() / identity
@@ -311,23 +304,19 @@ def _local_copy(folder: epath.Path, card: Mapping) -> epath.Path:
         (folder / name).copy(partial, overwrite=True)
         if name in wanted and file_sha256(partial) != wanted[name]:
             partial.unlink()
-            raise ValueError(f"{folder / name} is damaged: it has not the card's checksum")
+            raise ValueError(f"{folder / name} is damaged: its checksum differs from the card's")
         partial.replace(local / name)
     return local
 
 
 class Latents:
-    """A finished split as records by index: {"mean", "log_std": [2, H, W, C] float16, "label": int32}.
+    """The records of a finished split by index: {"mean", "log_std": [2, H, W, C] float16, "label": int32}.
 
-    Any number of threads may read.
-
-    Args:
-      path: folder of the data set.
-      split: such as "train".
+    Thread-safe.
 
     Raises:
-      FileNotFoundError: the folder holds no such split, or a shard is missing.
-      ValueError: the metadata are damaged, or a shard of a bucket is.
+      FileNotFoundError: the folder has no such split, or a shard is missing.
+      ValueError: the metadata, or a shard in a bucket, are damaged.
     """
 
     holds_latents = True
@@ -355,14 +344,11 @@ class Latents:
 
 
 def verify(folder: epath.PathLike, split: str) -> dict:
-    """Reads all of a split again, and compares it with its card.
-
-    Returns:
-      The card.
+    """Rereads a split, compares it with its card, and returns the card.
 
     Raises:
       FileNotFoundError: the split or a shard is missing.
-      ValueError: shards are not those that were written; all of them are named.
+      ValueError: shards are damaged. The message lists all of them.
     """
     folder, latents, wrong = epath.Path(folder), Latents(folder, split), []
     for shard in latents.card["shards"]:
@@ -377,12 +363,11 @@ def verify(folder: epath.PathLike, split: str) -> dict:
 
 
 def draw_latents(batch: Mapping[str, jax.Array], key: jax.Array, scaling_factor: float) -> jax.Array:
-    """Draws x_0 of a batch of records: for each the image or its mirror image, from its normal distribution.
+    """Draws x_0 from the normal distributions of a batch. Each record uses the image or its mirror image at random.
 
     Args:
       batch: "mean" and "log_std", [B, 2, H, W, C] float16.
-      key: of the draws.
-      scaling_factor: of the autoencoder, so that latents have about unit deviation.
+      scaling_factor: of the autoencoder; scales latents to about unit standard deviation.
 
     Returns:
       [B, H, W, C] float32, scaled.

@@ -1,8 +1,8 @@
-"""The order of the data, as a pure function of the step.
+"""The data loader. The order of records is a pure function of the step.
 
-Row r of batch s is record pi(s * B + r): pi runs through the whole data set in an order that depends on the seed and
-the epoch alone, then through the next epoch's. So a run that resumes at step s needs to know nothing but s, and the
-order is the same for any number of processes, threads and devices. Grain reads ahead, with threads.
+Row r of batch s is record pi(s * B + r). pi concatenates one permutation of the data set per epoch, which depends only
+on the seed and the epoch. So a run resumes from the step number alone, and the order is the same for any number of
+processes, threads and devices. Grain prefetches with threads.
 """
 
 import collections
@@ -15,13 +15,13 @@ import grain
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-# Philox fills a short seed up with zeros: [seed, epoch] is [seed, epoch, 0]. This keeps draws for records apart from
-# those for the order.
+# Philox pads a short seed with zeros: [seed, epoch] equals [seed, epoch, 0]. The salt keeps the draws of records
+# independent of the draws of the order.
 _AUGMENT_SALT = 1
 
 
 class Records(Protocol):
-    """What a loader reads from: random access to records, each a dict of arrays; any number of threads may read."""
+    """The input of a loader: thread-safe random access to records, each a dict of arrays."""
 
     def __len__(self) -> int: ...
 
@@ -29,16 +29,15 @@ class Records(Protocol):
 
 
 class Loader:
-    """Batches of records, by step.
+    """Loads batches of records by step.
 
     Args:
-      records: what to read.
-      batch_size: B, the global batch.
+      batch_size: B, the global batch size.
       seed: of the order; None for the records' own order.
       rows: [b] int, the rows of each global batch that this process reads; None for all.
-      num_threads: that read ahead, a batch each.
-      augment: (record, generator) -> record, for what is drawn at random on the host; its draws follow from the seed
-        and the record's position in the order alone.
+      num_threads: prefetching threads, one batch each.
+      augment: (record, generator) -> record, random augmentation on the host. The generator depends only on the seed
+        and the record's position in the order.
 
     Raises:
       ValueError: there are no records.
@@ -55,7 +54,7 @@ class Loader:
         augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
     ):
         if not len(records):
-            raise ValueError("the data set holds no records")
+            raise ValueError("the data set has no records")
         self.batch_size = batch_size
         self._num_records = len(records)
         self._num_threads = num_threads
@@ -64,30 +63,30 @@ class Loader:
         self._batches = stream.batch(len(rows))
 
     def __len__(self) -> int:
-        """The number of batches that hold every record at least once."""
+        """The number of batches that cover every record."""
         return -(-self._num_records // self.batch_size)
 
     def num_rows(self, index: int) -> int:
-        """How many rows of global batch `index` of a pass are not repetitions: less than B in the last one."""
+        """The number of new rows in global batch `index` of a pass; fewer than B in the last batch."""
         return min(self.batch_size, self._num_records - index * self.batch_size)
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of batch `step`: the records' arrays, stacked."""
+        """This process's rows of batch `step`, stacked."""
         return self._batches[step]
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
-        """`batch(first_step)`, `batch(first_step + 1)`, ... without end, read ahead by threads."""
+        """Iterates over `batch(first_step)`, `batch(first_step + 1)`, ... forever, prefetched by threads."""
         options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads)
         return iter(self._batches[first_step:].to_iter_dataset(options))
 
 
 class _Stream:
-    """The records in the order in which one process needs them, without end."""
+    """The infinite sequence of records that one process reads."""
 
     def __init__(self, records: Records, batch_size: int, rows: np.ndarray, seed: int | None, augment):
         self._records, self._batch_size, self._rows, self._seed = records, batch_size, rows, seed
         self._augment = augment
-        self._order = functools.lru_cache(maxsize=4)(self._make_order)  # reading ahead touches few epochs at a time
+        self._order = functools.lru_cache(maxsize=4)(self._make_order)  # prefetching touches few epochs at a time
 
     def __len__(self) -> int:
         return sys.maxsize // len(self._rows) * len(self._rows)
@@ -108,12 +107,11 @@ class _Stream:
 
 
 def prefetch(batches: Iterable[Batch], to_devices: Callable[[Batch], Any], depth: int = 2) -> Iterator[Any]:
-    """Batches on devices, `depth` of them on their way before they are asked for.
+    """Prefetches batches to devices.
 
     Args:
-      batches: of host arrays.
-      to_devices: starts the transfer of one, and does not wait for it.
-      depth: how many.
+      to_devices: starts the transfer of a batch, without waiting for it.
+      depth: number of batches in transfer ahead of the consumer.
     """
     on_the_way: collections.deque = collections.deque()
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Images as the records that training in pixel space reads."""
+"""Records for training in pixel space."""
 
 import numpy as np
 
@@ -10,16 +10,15 @@ from diffussm_jax.data.transforms import center_crop, random_crop
 class Pixels:
     """A source's images as records {"image": [size, size, C] uint8, "label": int32, **conditions}.
 
-    A broken image is a ValueError that names it.
+    Reading a broken image raises a ValueError with its name.
 
     Args:
-      source: of images.
       size: in pixels.
-      num_channels: C; 1 keeps gray images, 3 is colour.
-      is_cropped: whether images are cropped at the centre; False leaves them whole, for `crop_at_random`.
+      num_channels: C: 1 for gray, 3 for colour.
+      is_cropped: centre-crop images; False returns whole images, for `crop_at_random`.
 
     Raises:
-      ValueError: the first image is not of so many channels.
+      ValueError: the first image does not have `num_channels` channels.
     """
 
     def __init__(self, source: Source, size: int, num_channels: int, *, is_cropped: bool = True):
@@ -44,5 +43,5 @@ class Pixels:
         return {"image": image, "label": np.int32(label), **conditions}
 
     def crop_at_random(self, record: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """A record whose image is a random square of the one that was not cropped; for `Loader`'s `augment`."""
+        """Crops the image of an uncropped record to a random square; the `augment` of `Loader`."""
         return record | {"image": random_crop(record["image"], self._size, rng)}

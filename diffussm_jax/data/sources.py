@@ -1,11 +1,11 @@
-"""Sources of images: random access to decoded images and their labels, in an order that never changes.
+"""Sources of images: random access to decoded images and their labels, in a fixed order.
 
     digits                           scikit-learn's handwritten digits
     a folder, a .zip or a .tar       [split/]class/name.jpg, or images without classes; ImageNet's tar of tars
     a folder with data.mdb           LSUN's LMDB
     a folder with dataset_info.json  a TensorFlow Datasets (TFDS) data set; tfds:NAME for one in TFDS's own folder
 
-`open_source` finds which.
+`open_source` detects the kind.
 """
 
 import functools
@@ -46,10 +46,10 @@ _COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", "
 
 
 class Source(Protocol):
-    """What training reads images from: random access to images and their labels, from any number of threads.
+    """Thread-safe random access to images and their labels.
 
-    `class_names` is empty where there are no labels. `description` says what it is in a few words, without absolute
-    paths. `fingerprint()`, sha256 in hex, changes when the items do, so that a job that resumes can tell. An item that
+    `class_names` is empty if there are no labels. `description` is a short text without absolute paths.
+    `fingerprint()`, SHA-256 in hex, changes with the items, so that a resumed job detects changed data. An item that
     cannot be read or decoded raises `BrokenImage`.
     """
 
@@ -64,16 +64,16 @@ class Source(Protocol):
 
 
 def open_source(path: str, split: Annotated[str, NOT_AN_OPTION] = "") -> Source:
-    """Opens whatever `path` names.
+    """Opens a source of any kind.
 
     Args:
-      path: "digits", "tfds:NAME", or a path, local or remote: a folder of images, of an LMDB, or of a TFDS data set, a
+      path: "digits", "tfds:NAME", or a local or remote path: a folder of images, of an LMDB, or of a TFDS data set, a
         .zip or a .tar.
-      split: "train", ...: a top-level folder, or what TFDS understands; "" for everything.
+      split: a top-level folder such as "train", or a split of TFDS; "" for everything.
 
     Raises:
-      FileNotFoundError: there is nothing at the path.
-      ValueError: it is none of these, is damaged, or holds no images in this split.
+      FileNotFoundError: the path does not exist.
+      ValueError: the kind is unknown, the source is damaged, or the split has no images.
     """
     if path == "digits":
         return Digits(split)
@@ -94,16 +94,16 @@ def open_source(path: str, split: Annotated[str, NOT_AN_OPTION] = "") -> Source:
         return TFDS(folder, split) if (folder / "dataset_info.json").exists() else ImageFolder(folder, split)
     if name.endswith(".zip"):
         return ImageZip(folder, split)
-    if name.endswith((".tar", *_COMPRESSED_TARS)):  # ImageTar says what to do with a compressed one
+    if name.endswith((".tar", *_COMPRESSED_TARS)):  # ImageTar explains compressed files in its error
         return ImageTar(folder, split)
     raise ValueError(f"{path} is no source of images; {allowed}")
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 and gray, in 10 classes (UCI Optical Recognition of Handwritten
-    Digits).
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 and gray, in 10 classes.
 
-    Every tenth is held out as "eval"; "train" is the rest. Their 17 levels of gray are spread over 0 ... 255.
+    From the UCI data set Optical Recognition of Handwritten Digits. Every tenth digit is in the split "eval", the rest
+    in "train". The 17 gray levels are rescaled to 0 ... 255.
 
     Raises:
       ValueError: the split is unknown.
@@ -134,14 +134,14 @@ class Digits:
 
 
 class LSUN:
-    """One of LSUN's LMDB folders (church_outdoor_train_lmdb, ...): images without labels, in LMDB's order of keys.
+    """An LMDB folder of LSUN (church_outdoor_train_lmdb, ...): images without labels, in LMDB's order of keys.
 
     Args:
-      path: the local folder that holds data.mdb.
+      path: the local folder of data.mdb.
 
     Raises:
-      FileNotFoundError: no data.mdb there.
-      ValueError: the package lmdb is missing, or the data base is empty, damaged or cut short.
+      FileNotFoundError: there is no data.mdb.
+      ValueError: the package lmdb is missing, or the database is empty, damaged or truncated.
     """
 
     class_names = ()
@@ -173,7 +173,7 @@ class LSUN:
         return fingerprint(self._keys)
 
 
-@functools.cache  # LMDB refuses to open one folder twice in a process
+@functools.cache  # LMDB cannot open a folder twice in a process
 def _open_lmdb(path: str) -> Any:
     try:
         import lmdb
@@ -184,7 +184,7 @@ def _open_lmdb(path: str) -> Any:
         num_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     except lmdb.Error as error:
         raise ValueError(f"{path} is not an LMDB folder, or is damaged: {error}") from error
-    # Reading a mapped file beyond its end would kill the process.
+    # Reading a memory-mapped file beyond its end would kill the process.
     if os.path.getsize(os.path.join(path, "data.mdb")) < num_bytes:
         environment.close()
         raise ValueError(f"{path}/data.mdb is cut short: it should have {num_bytes:,} bytes")
@@ -192,18 +192,18 @@ def _open_lmdb(path: str) -> Any:
 
 
 class TFDS:
-    """A TensorFlow Datasets data set that was prepared as array_record; reading it takes no TensorFlow.
+    """A TensorFlow Datasets data set prepared as array_record. Reading needs no TensorFlow.
 
-    The image is the Image feature, or a uint8 Tensor of 1 or 3 channels; the label is the ClassLabel feature, if there
-    is one. Where there are several, the ones named "image" and "label" are taken.
+    The image is the Image feature, or a uint8 Tensor of 1 or 3 channels. The label is the ClassLabel feature, if there
+    is one. If there are several, those named "image" and "label" are used.
 
     Args:
-      name_or_dir: TFDS's name ("imagenet2012:5.1.0"), or the folder that holds dataset_info.json.
-      split: in TFDS's words ("train", "train[:90%]"); "" if there is only one.
-      data_dir: where TFDS keeps its data sets; None for its default.
+      name_or_dir: TFDS's name ("imagenet2012:5.1.0"), or the folder of dataset_info.json.
+      split: in TFDS's syntax ("train", "train[:90%]"); "" if there is only one.
+      data_dir: TFDS's folder of data sets; None for its default.
 
     Raises:
-      ValueError: TFDS is missing; the data set is unknown, not prepared, or has no such features or split.
+      ValueError: TFDS is missing; the data set is unknown, not prepared, or lacks the features or the split.
     """
 
     def __init__(self, name_or_dir: epath.PathLike, split: str = "", data_dir: epath.PathLike | None = None):
@@ -248,9 +248,9 @@ class TFDS:
 
 
 def _open_tfds(name_or_dir: str, data_dir: epath.PathLike | None) -> Any:
-    """TFDS's builder of a data set that is there as array_record."""
+    """TFDS's builder of a data set prepared as array_record."""
     try:
-        import array_record  # noqa: F401 - what TFDS reads with
+        import array_record  # noqa: F401 - TFDS needs it for reading
         import tensorflow_datasets as tfds
     except ImportError as error:
         packages = "tensorflow-datasets array_record importlib_resources"
@@ -269,9 +269,9 @@ def _open_tfds(name_or_dir: str, data_dir: epath.PathLike | None) -> Any:
             raise ValueError("it has no data yet")
         if "array_record" not in {str(f.value) for f in builder.info.available_file_formats()}:
             raise ValueError(f"it is in the format {builder.info.file_format.value}")
-    except tfds.core.DatasetNotFoundError as error:  # whose message lists every data set there is
+    except tfds.core.DatasetNotFoundError as error:  # its message lists every data set of TFDS
         raise ValueError(f"TFDS knows no data set {name_or_dir!r}, and none is prepared{where}") from error
-    except Exception as error:  # ValueError, ParseError, AttributeError, ...: whatever is wrong with what is there
+    except Exception as error:  # ValueError, ParseError, AttributeError, ... for damaged metadata
         raise ValueError(
             f"tfds {name_or_dir} is not prepared as array_record ({error}); to do so: {prepare}"
         ) from error
@@ -287,14 +287,14 @@ def _find_features(info: Any) -> tuple[str, str | None]:
 
     def choose(what: str, found: list[str]) -> str | None:
         if len(found) > 1 and what not in found:
-            raise ValueError(f"tfds {info.full_name} has several features that could be the {what}: {features}")
+            raise ValueError(f"tfds {info.full_name} has several features for the {what}: {features}")
         return what if what in found else found[0] if found else None
 
     def is_pixels(feature: Any) -> bool:
         is_uint8 = type(feature) is tfds.features.Tensor and feature.np_dtype == np.uint8
         return is_uint8 and len(feature.shape) == 3 and feature.shape[-1] in (1, 3)
 
-    # Of float32, TFDS's Image is the bits of one float in RGBA.
+    # A float32 Image of TFDS stores the bits of one float in RGBA.
     images = [n for n, f in features.items() if isinstance(f, tfds.features.Image) and f.np_dtype != np.float32]
     image = choose("image", images or [name for name, feature in features.items() if is_pixels(feature)])
     if image is None:

@@ -1,4 +1,4 @@
-"""Between 8-bit pixels and the values that a model sees, and pictures of many images."""
+"""Conversion between 8-bit pixels and model values, crops, and grids of images."""
 
 import math
 
@@ -11,12 +11,12 @@ _MAX_SCALED_PIXELS = 1 << 26  # 200 MB
 
 
 def to_unit_range(images: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [-1, 1]."""
+    """Converts uint8 pixels to float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
 def to_uint8(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Values in [-1, 1] (beyond, clipped) to uint8 pixels."""
+    """Converts values in [-1, 1] to uint8 pixels. Values outside are clipped."""
     return np.round((np.clip(np.asarray(x, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
@@ -27,7 +27,7 @@ def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _halved(image: np.ndarray | Image.Image, size: int) -> Image.Image:
-    """The image halved by box means while its shorter side stays at least `size`."""
+    """Halves the image by box means while its shorter side stays at least `size`."""
     pixels = np.asarray(image)
     picture = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
     while min(picture.size) >= 2 * size:
@@ -42,10 +42,10 @@ def _scaled_size(picture: Image.Image, size: int) -> tuple[int, int]:
 
 
 def _cut(picture: Image.Image, scaled: tuple[int, int], left: int, top: int, size: int) -> np.ndarray:
-    """The square at (left, top) of the picture scaled, bicubic, to (width, height) `scaled`: [size, size, C] uint8.
+    """Scales (bicubic) to (width, height) `scaled` and cuts the square at (left, top): [size, size, C] uint8.
 
-    Of a long strip (1 x 4000 pixels would grow to a gigabyte) only the square is computed, which Pillow does with
-    float32 coordinates: it may be off by a level or two of 255.
+    For a long strip (1 x 4000 pixels would scale to a gigabyte) only the square is computed. Pillow does this with
+    float32 coordinates, which may change values by one or two levels of 255.
     """
     if scaled[0] * scaled[1] <= _MAX_SCALED_PIXELS:
         pixels = np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))[top : top + size, left : left + size]
@@ -57,11 +57,10 @@ def _cut(picture: Image.Image, scaled: tuple[int, int], left: int, top: int, siz
 
 
 def center_crop(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """The square in the middle of a scaled image, exactly as ADM crops (Dhariwal & Nichol, arXiv 2105.05233).
+    """Scales an image and crops its centre, exactly as ADM (Dhariwal & Nichol, arXiv 2105.05233).
 
     Args:
-      image: [H, W, C] uint8, C = 1 or 3; or an image of Pillow's.
-      size: pixels.
+      image: [H, W, C] uint8, C = 1 or 3; or a Pillow image.
 
     Returns:
       [size, size, C] uint8.
@@ -79,20 +78,17 @@ def random_crop(
     min_crop_fraction: float = 0.8,
     max_crop_fraction: float = 1.0,
 ) -> np.ndarray:
-    """A random square of an image scaled at random, as ADM's random crop.
+    """Scales an image at random and crops a random square, as ADM's random crop.
 
     Args:
-      image: [H, W, C] uint8, C = 1 or 3; or an image of Pillow's.
-      size: pixels.
-      rng: of the draws.
-      min_crop_fraction: the least part of the shorter side that is kept.
-      max_crop_fraction: the greatest.
+      image: [H, W, C] uint8, C = 1 or 3; or a Pillow image.
+      min_crop_fraction, max_crop_fraction: range of the part of the shorter side to keep.
 
     Returns:
       [size, size, C] uint8.
 
     Raises:
-      ValueError: not 0 < min_crop_fraction <= max_crop_fraction <= 1.
+      ValueError: the fractions violate 0 < min_crop_fraction <= max_crop_fraction <= 1.
     """
     if not 0 < min_crop_fraction <= max_crop_fraction <= 1:
         raise ValueError(
@@ -108,12 +104,11 @@ def random_crop(
 
 
 def image_grid(images: np.ndarray, num_columns: int, *, min_tile: int = 32) -> np.ndarray:
-    """Images side by side, in raster order, on white.
+    """Arranges images in raster order on white.
 
     Args:
       images: [B, H, W, C] uint8.
-      num_columns: images in a row.
-      min_tile: images smaller than this many pixels are enlarged, each pixel to a square.
+      min_tile: images smaller than this many pixels are enlarged by repeating pixels.
 
     Returns:
       [rows * (H' + 2) + 2, num_columns * (W' + 2) + 2, C] uint8.
@@ -131,7 +126,7 @@ def image_grid(images: np.ndarray, num_columns: int, *, min_tile: int = 32) -> n
 
 
 def save_png(path, image: np.ndarray) -> None:
-    """Writes [H, W, C] uint8, C = 1 or 3, to a PNG at a path (an `epath.Path` or a string)."""
+    """Writes [H, W, C] uint8, C = 1 or 3, as PNG to a path (an `epath.Path` or a string)."""
     from etils import epath
 
     with epath.Path(path).open("wb") as file:

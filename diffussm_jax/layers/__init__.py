@@ -1,4 +1,4 @@
-"""Flax layers that several networks share. Names and formulas follow DiT (arXiv 2212.09748)."""
+"""Flax layers shared by several networks. Names and formulas follow DiT (arXiv 2212.09748)."""
 
 from diffussm_jax.layers.embeddings import NUM_TIME_FEATURES, TimeEmbed, sincos_2d, sinusoidal_features
 from diffussm_jax.layers.linear import Linear, gelu

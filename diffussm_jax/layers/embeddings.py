@@ -6,18 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffussm_jax.layers.linear import Linear
-from diffussm_jax.parallel.sharding import whole_channels
+from diffussm_jax.parallel.sharding import replicate_channels
 
 NUM_TIME_FEATURES = 256
 
 
 def sinusoidal_features(t: jax.Array, num_features: int, max_period: float = 10_000) -> jax.Array:
-    """[cos(w_i t), sin(w_i t)] with frequencies w_i = max_period**(-i / half), as DiT orders them.
+    """[cos(w_i t), sin(w_i t)] with frequencies w_i = max_period**(-i / half), in DiT's order.
 
     Args:
-      t: [B], times or positions, int or float.
+      t: [B], int or float.
       num_features: even.
-      max_period: the slowest frequency is about 1 / max_period.
+      max_period: inverse of the lowest frequency, about.
 
     Returns:
       [B, num_features] float32.
@@ -30,11 +30,6 @@ def sinusoidal_features(t: jax.Array, num_features: int, max_period: float = 10_
 
 def sincos_2d(height: int, width: int, num_features: int) -> np.ndarray:
     """Fixed sin-cos position features of a grid in raster order: half for the column, half for the row (MAE, DiT).
-
-    Args:
-      height: rows.
-      width: columns.
-      num_features: a multiple of 4.
 
     Returns:
       [height * width, num_features] float32.
@@ -55,7 +50,7 @@ def sincos_2d(height: int, width: int, num_features: int) -> np.ndarray:
 
 
 class TimeEmbed(nn.Module):
-    """256 sinusoidal features of t through two linear layers with SiLU between: [B] -> [B, width]."""
+    """256 sinusoidal features of t, then two linear layers with SiLU between them: [B] -> [B, width]."""
 
     width: int
     dtype: jnp.dtype = jnp.float32
@@ -66,4 +61,4 @@ class TimeEmbed(nn.Module):
         options = {"dtype": self.dtype, "kernel_init": nn.initializers.normal(0.02), "is_gathered": True}
         hidden = Linear("bf,fd->bd", (NUM_TIME_FEATURES, D), **options, name="hidden")
         out = Linear("bd,de->be", (D, D), **options, name="out")
-        return whole_channels(out(nn.silu(whole_channels(hidden(features)))))
+        return replicate_channels(out(nn.silu(replicate_channels(hidden(features)))))

@@ -1,10 +1,10 @@
-"""A linear layer whose gradients are summed in float32, and the activation of the hourglass."""
+"""A linear layer with gradients summed in float32, and the activation of the hourglass."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffussm_jax.parallel.sharding import whole_kernel
+from diffussm_jax.parallel.sharding import replicate_kernel
 
 gelu = nn.gelu  # the tanh form, Flax's default
 
@@ -15,14 +15,14 @@ def _product(equation: str, is_gathered: bool, x: jax.Array, kernel: jax.Array, 
 
 
 def _axes_of_x(equation: str) -> tuple[int, ...]:
-    """The dimensions of the output that the kernel, and so the bias, does not have."""
+    """The output dimensions that the kernel and the bias do not have."""
     operands, output = equation.split("->")
     return tuple(i for i, name in enumerate(output) if name not in operands.split(",")[1])
 
 
 def _cast(kernel: jax.Array, dtype: jnp.dtype, is_gathered: bool) -> jax.Array:
-    """Cast before it is gathered, so that devices send the smaller dtype."""
-    return whole_kernel(kernel.astype(dtype)) if is_gathered else kernel.astype(dtype)
+    """Casts before gathering, so that devices send the smaller dtype."""
+    return replicate_kernel(kernel.astype(dtype)) if is_gathered else kernel.astype(dtype)
 
 
 _linear = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
@@ -46,17 +46,15 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Linear(nn.Module):
-    """einsum(equation, x, kernel) + bias, in `dtype`; parameters float32, and their gradients summed in float32.
+    """einsum(equation, x, kernel) + bias in `dtype`, with float32 parameters and gradients summed in float32.
 
-    Left to themselves, gradients of a bfloat16 product are rounded to bfloat16 before devices add theirs up.
+    By default JAX rounds gradients of a bfloat16 product to bfloat16 before the sum over devices.
 
     Attributes:
-      equation: of x and kernel; the bias has those dimensions of the output that the kernel has.
-      shape: of the kernel.
+      equation: of x and kernel; the bias has the output dimensions that the kernel has.
       dtype: of the product.
-      kernel_init: by default Xavier's, uniform.
-      is_gathered: whether every device gathers the kernel whole first. Left to itself, XLA may split a product with few
-        rows along axes of the mesh that are idle, and communicate activations.
+      is_gathered: replicate the kernel on every device first. Otherwise XLA may split a product with few rows along
+        idle mesh axes and communicate activations.
     """
 
     equation: str

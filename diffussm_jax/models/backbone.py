@@ -30,12 +30,14 @@ class Costs(NamedTuple):
       multiply_adds: of the linear layers by part, as the papers count them; elementwise work and mixers excluded.
       recomputed: those of `multiply_adds` that the backward pass computes again.
       mixer: multiply-adds of all sequence mixers; None where the method is not counted.
+      mixer_method: how the sequence mixers are computed, such as what "auto" stands for; "" if there is one way only.
     """
 
     parameters: dict[str, int]
     multiply_adds: dict[str, int]
     recomputed: int = 0
     mixer: int | None = 0
+    mixer_method: str = ""
 
     @property
     def total(self) -> int:

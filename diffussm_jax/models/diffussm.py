@@ -28,9 +28,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffussm_jax.layers import NUM_TIME_FEATURES, AdaLayerNorm, Linear, TimeEmbed, gelu, sincos_2d
 from diffussm_jax.models.backbone import Backbone, Condition, Costs
-from diffussm_jax.models.mixers import S4D, mix_phases
+from diffussm_jax.models.mixers import S4D, mix_phases, num_outputs
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range, check_options
-from diffussm_jax.parallel.sharding import Rules, split_channels, whole_channels
+from diffussm_jax.parallel.sharding import Rules, replicate_channels, split_channels
 
 # XL is the paper's. It prints 786 for L's width and no depths for S and L: 768, 24 and 12 are ours.
 DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -40,7 +40,8 @@ DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
         "XL": {"width": 1152, "depth": 29},
     }
 )
-# Activations of a block that are saved for the backward pass, beside its input; the others are computed again.
+# Activations of a block that are saved for the backward pass, beside its input; the others are computed again. Each
+# policy saves less than the one before it.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("dense"),
@@ -91,18 +92,18 @@ class Block(nn.Module):
         def keep(x):
             return checkpoint_name(x, "dense")
 
-        I = whole_channels(AdaLayerNorm(self.dtype, name="norm")(x, c))
-        h = whole_channels(gelu(keep(split_channels(dense(D, D, "W0")(I)))))
+        I = replicate_channels(AdaLayerNorm(self.dtype, name="norm")(x, c))
+        h = replicate_channels(gelu(keep(split_channels(dense(D, D, "W0")(I)))))
         # U and Y stay apart by k and have channels first, as products give and take them and `ssm.phases` explains.
         W_up = position_dense("bjd,mde->mebj", (M, D, D), "W_up")
         U = gelu(keep(split_channels(W_up(h), batch=2, channels=1)))
         Y = mix_phases(self.mixer(name="ssm"), U, self.grid)  # [M, R, D, B, J]
         W_down = position_dense("mrdbj,mrde->bjme", (M, Y.shape[1], D, 2 * D // M), "W_down")
-        I_down = gelu(keep(whole_channels(W_down(Y)))).reshape(B, J, 2 * D)
+        I_down = gelu(keep(replicate_channels(W_down(Y)))).reshape(B, J, 2 * D)
         left = gelu(keep(split_channels(dense(2 * D, 2 * D, "W2")(I_down))))
         right = gelu(keep(split_channels(dense(D, 2 * D, "W1")(I))))
         W3 = dense(2 * D, D, "W3", kernel_init=nn.initializers.zeros)
-        return whole_channels(x + W3(left * right)), None
+        return replicate_channels(x + W3(left * right)), None
 
 
 class DiffuSSM(Backbone):
@@ -182,7 +183,7 @@ class DiffuSSM(Backbone):
         x = Linear("bjc,cd->bjd", (num_inputs, D), dtype, name="embed")(x.reshape(B, J, num_inputs))
         if self.has_position_embedding:
             x = x + jnp.asarray(sincos_2d(H, W // M, D), dtype)
-        x = self._blocks((H, W), dtype)(whole_channels(x), c)[0]
+        x = self._blocks((H, W), dtype)(replicate_channels(x), c)[0]
         x = AdaLayerNorm(dtype, name="final_norm")(x, c)
         # The last layer is small and its output meets float32 losses: it stays in float32.
         num_outputs = self.num_outputs * C
@@ -207,15 +208,14 @@ class DiffuSSM(Backbone):
     def costs(self, input_shape: tuple[int, int, int], num_images: int = 1) -> Costs:
         """Multiply-adds as the paper and DiT count them: 13 D^2 for each of J tokens and D^2 for each of L positions.
 
-        They are those of a bidirectional mixer, R = 2; with R = 1 W_down has half as many.
+        These are of a mixer with R = 2 outputs for each channel; with R = 1 W_down has half as many.
         """
         H, W, C = input_shape
         D, M, L = self.width, self.hourglass_ratio, H * W
         J = L // M
         mixer = self.mixer(parent=None)
-        num_directions = 2 if getattr(mixer, "bidirectional", True) else 1
         per_token = {"W0": D * D, "W1": 2 * D * D, "W2": 4 * D * D, "W3": 2 * D * D}
-        per_token["W_down"] = num_directions * 2 * D * D
+        per_token["W_down"] = num_outputs(mixer) * 2 * D * D
         blocks = {name: self.depth * J * count for name, count in per_token.items()}
         blocks["W_up"] = self.depth * L * D * D
         modulation = self.depth * 2 * D * D
@@ -229,10 +229,8 @@ class DiffuSSM(Backbone):
         # The backward pass does not need the output of W3.
         in_block = sum(blocks.values()) - blocks["W3"]
         recomputed = {"none": 0, "dots": modulation, "block": modulation + in_block}[self.remat]
-        of_mixer = mixer.costs(L, D, jnp.dtype(self.dtype).name, num_images) if hasattr(mixer, "costs") else None
-        return Costs(
-            self.count_parameters(input_shape),
-            multiply_adds,
-            recomputed,
-            None if of_mixer is None else self.depth * of_mixer,
-        )
+        method, of_mixer = "", None
+        if hasattr(mixer, "costs"):
+            method, of_mixer = mixer.costs(L, D, jnp.dtype(self.dtype).name, num_images)
+        of_mixers = None if of_mixer is None else round(self.depth * of_mixer)
+        return Costs(self.count_parameters(input_shape), multiply_adds, recomputed, of_mixers, method)

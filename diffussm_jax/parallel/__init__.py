@@ -1,1 +1,1 @@
-"""Devices: the mesh, and how arrays lie on it."""
+"""The device mesh, sharding, machines, and collectives of compiled programs."""

@@ -1,13 +1,13 @@
-"""The collectives of a compiled program, read from its text: which, how large, among how many devices, how often.
+"""Parses the collectives of a compiled program: kind, size, number of devices, number of executions.
 
-`jax.stages.Compiled.as_text()` prints the program that one device runs. A collective inside a loop stands there once,
-so each is counted as often as its loops turn, which XLA either notes (known_trip_count) or which follows from the
-loop's counter: where it starts, what it grows by, and what it is compared with. What a device sends is by the usual
-ring algorithms (Patarasuk and Yuan, 2009), with n devices in a group and R bytes of result on each:
+`jax.stages.Compiled.as_text()` prints the program of one device. A collective in a loop is printed once, and counted
+once per iteration. XLA annotates the number of iterations (known_trip_count), or it is derived from the loop counter's
+start, step and bound. The bytes sent by a device assume ring algorithms (Patarasuk and Yuan, 2009), with n devices in a
+group and R bytes of result on each:
 
     all-reduce          2 (n - 1) / n R
     all-gather            (n - 1) / n R
-    reduce-scatter        (n - 1) R        R is a device's part
+    reduce-scatter        (n - 1) R        R is the part of one device
     all-to-all            (n - 1) / n R
     collective-permute    R
 """
@@ -36,11 +36,11 @@ class Collective:
 
     Attributes:
       kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
-      result_bytes: of its result on a device, once.
-      group_size: devices that take part together.
-      count: how often a run of the program executes it.
-      is_count_known: whether all its loops told how often they turn; one that did not counts as one turn.
-      op_name: where in the JAX program it comes from, or "".
+      result_bytes: size of the result on a device, for one execution.
+      group_size: devices per group.
+      count: executions per run of the program.
+      is_count_known: whether the trip counts of all its loops are known; an unknown one counts as 1.
+      op_name: its source in the JAX program, or "".
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """What a device sends in a run of the program, by a ring."""
+        """Bytes that a device sends in a run of the program, with ring algorithms."""
         return self.count * self.result_bytes * _SENT[self.kind](self.group_size)
 
 
@@ -60,7 +60,7 @@ class _Instruction(NamedTuple):
     type: str  # "f32[8,4]{1,0}", or a tuple of them
     opcode: str
     arguments: str  # between the parentheses
-    attributes: str  # behind them
+    attributes: str  # after them
 
     @property
     def operands(self) -> list[str]:
@@ -73,18 +73,15 @@ class _Computation(NamedTuple):
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
-    """The collectives of a compiled program.
+    """Lists the reachable collectives of a compiled program, in the order of its text.
+
+    The collectives of all branches of a conditional are counted.
 
     Args:
       text: `compiled.as_text()`.
-      num_devices: of the program.
-
-    Returns:
-      One entry for each that stands in the text and is reached, in its order; those of a conditional's branches are
-      all counted, as if each were taken.
 
     Raises:
-      ValueError: the text is not such a program, or a collective's groups cannot be read.
+      ValueError: the text is not a compiled program, or the groups of a collective cannot be parsed.
     """
     computations, entry = _parse(text)
     return list(_walk(computations, entry, num_devices, count=1, is_count_known=True))
@@ -95,7 +92,7 @@ def _walk(computations, name: str, num_devices: int, *, count: int, is_count_kno
     for instruction in computation.instructions.values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in _SENT:
-            is_scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")  # a fusion with the slice
+            is_scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")  # fused with a slice
             group_size = _group_size(instruction, num_devices)
             result_bytes = _result_bytes(instruction)
             yield Collective(
@@ -115,11 +112,11 @@ def _walk(computations, name: str, num_devices: int, *, count: int, is_count_kno
                     yield from _walk(computations, called, num_devices, **inside)
 
 
-# Reading the text.
+# Parsing.
 
 
 def _closing(text: str, start: int) -> int:
-    """The index of the parenthesis that closes the one at `start`."""
+    """The index of the parenthesis that matches the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -129,7 +126,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """Its computations by name, and the name of the one where it starts."""
+    """The computations by name, and the name of the entry computation."""
     computations, entry = {}, None
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -163,7 +160,7 @@ def _result_bytes(instruction: _Instruction) -> int:
 
 
 def _elements(tuple_type: str) -> list[str]:
-    """The types that a tuple's type holds; commas inside brackets belong to one of them."""
+    """Splits the type of a tuple into its elements. Commas inside brackets do not split."""
     elements, depth = [""], 0
     for character in tuple_type[1:-1]:
         depth += (character in "([{") - (character in ")]}")
@@ -191,7 +188,7 @@ def _group_size(instruction: _Instruction, num_devices: int) -> int:
     raise ValueError(f"the groups of a collective cannot be read: {attributes[:300]!r}")
 
 
-# How often a loop turns.
+# Trip counts of loops.
 
 
 def _turns(computations, computation: _Computation, loop: _Instruction) -> int | None:
@@ -217,7 +214,7 @@ def _turns(computations, computation: _Computation, loop: _Instruction) -> int |
 
 
 def _state_index(computation: _Computation, name: str) -> int | None:
-    """Which element of the loop's state an instruction takes."""
+    """The index of the loop state's element that an instruction reads."""
     instruction = computation.instructions[name]
     if instruction.opcode == "copy":
         return _state_index(computation, instruction.operands[0])
@@ -226,7 +223,7 @@ def _state_index(computation: _Computation, name: str) -> int | None:
 
 
 def _scalar(computation: _Computation, name: str, state: dict[int, int | None]) -> int | None:
-    """The value of an integer that follows from constants and the given elements of the state; None if it does not."""
+    """Evaluates an integer from constants and known elements of the state; None if that is not possible."""
     instruction = computation.instructions[name]
     if instruction.opcode == "constant":
         return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None

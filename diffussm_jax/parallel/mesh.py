@@ -1,10 +1,10 @@
-"""The device mesh: its axes, and how a batch lies on it.
+"""The device mesh: its axes, and the sharding of a batch.
 
-    data    copies of the model; the batch is split
-    fsdp    the batch is split, and so are parameters, their average and the optimizer's state
-    tensor  the channels D of the hourglass and of the SSMs are split
+    data    replicates the model and splits the batch
+    fsdp    splits the batch, the parameters, their EMA and the optimizer's state
+    tensor  splits the channels D of the hourglass and of the SSMs
 
-How parameters and activations lie on it is told in `sharding`.
+`sharding` has the rules for parameters and activations.
 """
 
 import math
@@ -19,9 +19,9 @@ BATCH = ("data", "fsdp")  # the axes that split a batch
 
 
 def mesh_shape(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[int, int, int]:
-    """The sizes of the mesh's axes, with a -1 filled so that all devices are used.
+    """The sizes of the mesh's axes. A -1 is replaced so that all devices are used.
 
-    Their product may be smaller than the number of devices: then only the first are used.
+    If the product is smaller than the number of devices, only the first devices are used.
 
     Raises:
       ValueError: a size is neither -1 nor positive, or the sizes do not fit the devices.
@@ -39,16 +39,14 @@ def mesh_shape(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of three axes, `tensor` along the nearest neighbours.
+    """Makes the mesh of three axes, with `tensor` along the nearest neighbours.
 
     Args:
-      data: devices along that axis; -1: as many as the others leave.
-      fsdp: likewise.
-      tensor: likewise.
-      devices: all of them if None.
+      data, fsdp, tensor: devices along the axis; one may be -1, for all that the others leave.
+      devices: all devices if None.
 
     Raises:
-      ValueError: as `mesh_shape`; or several hosts would not all take part.
+      ValueError: as for `mesh_shape`, or the mesh does not use all devices of several hosts.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(data, fsdp, tensor, num_devices=len(devices))
@@ -59,18 +57,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 
 
 def platform_of(device: jax.Device) -> str:
-    """What a program on the device is compiled for: "cpu", "gpu" or "tpu"."""
+    """The platform of a device: "cpu", "gpu" or "tpu"."""
     platform = device.platform
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of replicated arrays."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays whose first dimension is the batch."""
+    """The sharding of arrays with the batch as first dimension."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
@@ -81,6 +79,6 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def batch_to_devices(mesh: Mesh, batch):
-    """A pytree of this process's rows, host arrays [b, ...], as global arrays [B, ...] over the mesh."""
+    """Converts a pytree of this process's rows, host arrays [b, ...], to global arrays [B, ...] on the mesh."""
     sharding = over_batch(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

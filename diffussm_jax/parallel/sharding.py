@@ -1,8 +1,8 @@
-"""Where parameters and activations lie on the mesh: rules for paths, and constraints inside a model.
+"""Sharding of parameters and activations: rules for paths, and constraints inside a model.
 
-A rule is (regular expression, axes of each dimension). The first whose expression is found in a parameter's path
-("blocks/W0/kernel") decides; what follows parameters, like an optimizer's state, has the same path at its end and so
-lies as they do. What no rule names is on every device.
+A rule is (regular expression, mesh axes of each dimension). The first rule whose expression matches a parameter's path
+("blocks/W0/kernel") applies. Optimizer state has the parameter's path at its end, and so gets the same sharding. Arrays
+without a rule are replicated.
 """
 
 import re
@@ -19,10 +19,10 @@ Rules = Sequence[tuple[str, tuple[Axes, ...]]]
 
 
 def spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
-    """How the rules lay one array.
+    """The partition spec of one array.
 
     Raises:
-      ValueError: a dimension is not a multiple of the devices that it is split over, or the rule is of another rank.
+      ValueError: a dimension is not a multiple of its number of devices, or the rule has too many dimensions.
     """
     for pattern, axes in rules:
         if not re.search(pattern, path):
@@ -44,7 +44,7 @@ def spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Part
 
 
 def shardings(tree, rules: Rules, mesh: Mesh):
-    """The sharding of every leaf (anything with a shape) of a tree; ValueError as `spec_of`."""
+    """The sharding of every leaf (anything with a shape) of a tree; raises as `spec_of`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf.shape, rules, mesh)), tree
     )
@@ -55,30 +55,30 @@ def _has_mesh() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-def whole_channels(x: jax.Array) -> jax.Array:
-    """Lays an activation [B, ...] so that only its batch is split; without a mesh around, `x` as it is."""
+def replicate_channels(x: jax.Array) -> jax.Array:
+    """Constrains an activation [B, ...] to be split along the batch only. Without a mesh it returns `x`."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if _has_mesh() else x
 
 
 def split_channels(x: jax.Array, *, batch: int = 0, channels: int = -1) -> jax.Array:
-    """Lays an activation so that these two dimensions are split; without a mesh around, `x` as it is."""
+    """Constrains an activation to be split along its batch and channels. Without a mesh it returns `x`."""
     axes: list[Axes] = [None] * x.ndim
     axes[batch], axes[channels] = BATCH, "tensor"
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if _has_mesh() else x
 
 
-def whole_kernel(kernel: jax.Array) -> jax.Array:
-    """Lays a parameter so that every device has all of it; without a mesh around, as it is."""
+def replicate_kernel(kernel: jax.Array) -> jax.Array:
+    """Constrains a parameter to be replicated on every device. Without a mesh it returns the parameter."""
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec()) if _has_mesh() else kernel
 
 
 def over_channels(apply: Callable, params, u: jax.Array) -> jax.Array:
-    """Runs `apply(params, u)` on each device's own batch rows and channels, without communication.
+    """Runs `apply(params, u)` on the batch rows and channels of each device, without communication.
 
-    XLA would gather the batch for an FFT, and channels where two halves of them are put side by side.
+    XLA by itself would gather the batch for an FFT, and the channels for a concatenation along them.
 
     Args:
-      apply: (params, u [M, d, b, J]) -> [M, R, d, b, J]; no channel depends on another.
+      apply: (params, u [M, d, b, J]) -> [M, R, d, b, J], with independent channels.
       params: a pytree of arrays [D, ...].
       u: [M, D, B, J].
 

@@ -1,10 +1,10 @@
-"""Machines by name, chips and their facts, and devices to compile for without having them.
+"""Names of machines, specifications of chips, and devices for ahead-of-time compilation.
 
-A TPU slice is named by its shape in chips, "v5e:16x16" or "v4:2x2x1", or as Google names accelerators: "v5e-256" (also
-"v5litepod-256") and "v6e-64" count chips, "v2-8", "v3-8", "v4-8" and "v5p-8" TensorCores, of which a chip has two.
-GPUs are "h100", or "h100:16" for several, in machines of eight.
+A TPU slice is named by its shape in chips, "v5e:16x16" or "v4:2x2x1", or by Google's accelerator type: "v5e-256" (also
+"v5litepod-256") and "v6e-64" count chips; "v2-8", "v3-8", "v4-8" and "v5p-8" count TensorCores, two per chip. GPUs are
+"h100", or "h100:16" for several, in machines of eight.
 
-JAX compiles for a TPU with `libtpu` installed, and for a GPU with its CUDA plugin; neither needs the device.
+JAX compiles for a TPU with `libtpu` installed, and for a GPU with its CUDA plugin. Neither needs the device.
 """
 
 import contextlib
@@ -27,20 +27,19 @@ _GPUS_A_HOST = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """The facts of one chip that are published, a device's where a chip is several devices to JAX.
+    """Published specifications of a chip. If JAX shows several devices per chip, peaks and memory are per device.
 
     Attributes:
-      name: as in names of machines.
       platform: "tpu" or "cuda".
-      device_kinds: what JAX calls such a device.
+      device_kinds: JAX's `device_kind` of the device.
       peak_flops: dense bfloat16, FLOP/s.
-      memory_bytes: what a program can have. TPUs: the limit of the compiler in libtpu 0.0.42, found by exceeding it.
-        GPUs: about 95 % of what CUDA reports, for which XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 must be set.
+      memory_bytes: memory available to a program. TPUs: the compiler's limit in libtpu 0.0.42, found by exceeding it.
+        GPUs: about 95 % of the memory that CUDA reports, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
       memory_bandwidth: byte/s.
-      devices_per_chip: as JAX shows them.
-      cores_per_chip: that Google's names count; 1 where they count chips.
-      num_axes: of the shape of a slice; 0 for GPUs.
-      max_chips: of a slice; of GPUs, as many as one likes.
+      devices_per_chip: JAX devices per chip.
+      cores_per_chip: cores counted by Google's names; 1 if they count chips.
+      num_axes: axes of the shape of a slice; 0 for GPUs.
+      max_chips: of a slice; None for GPUs, without limit.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Chip:
 
 
 class _Gpu(NamedTuple):
-    """What XLA's description of a GPU needs beside that."""
+    """Further specifications for XLA's description of a GPU."""
 
     description: str
     memory_gib: float  # as CUDA reports it
@@ -101,7 +100,7 @@ _GPUS = {
     "h200": _Gpu("NVIDIA H200", 139.8, *_HOPPER),
     "a100": _Gpu("NVIDIA A100-SXM4-80GB", 79.1, "major: 8", 108, 64, 1.41, 40, 164),
 }
-# Peaks and bandwidths a chip: cloud.google.com/tpu/docs (system architecture), NVIDIA's data sheets (SXM, no sparsity).
+# Peaks and bandwidths per chip: cloud.google.com/tpu/docs (system architecture), NVIDIA's data sheets (SXM, dense).
 _ALL_CHIPS = (
     _tpu("v2", ("TPU v2",), 46, 7.48, 700, 2, 256, devices_per_chip=2, cores_per_chip=2),
     _tpu("v3", ("TPU v3",), 123, 15.48, 900, 2, 1024, devices_per_chip=2, cores_per_chip=2),
@@ -119,7 +118,7 @@ _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The peak of a device in dense bfloat16 FLOP/s, by its `device_kind`; None if it is not known here."""
+    """The peak of a device in dense bfloat16 FLOP/s, by its `device_kind`; None if unknown."""
     return next((chip.peak_flops for chip in _ALL_CHIPS if device_kind in chip.device_kinds), None)
 
 
@@ -128,9 +127,8 @@ class Machine:
     """Chips of one kind in one program.
 
     Attributes:
-      name: as it was asked for.
-      chip: its facts.
-      shape: chips along each axis of a slice; (hosts, GPUs of a host).
+      name: as passed to `parse_machine`.
+      shape: chips along each axis of a slice; for GPUs (hosts, GPUs per host).
     """
 
     name: str
@@ -147,10 +145,10 @@ class Machine:
 
 
 def parse_machine(name: str) -> Machine:
-    """The machine of a name, as this module's docstring describes them.
+    """Parses the name of a machine; the module docstring has the syntax.
 
     Raises:
-      ValueError: there is no such chip, or no slice of that shape.
+      ValueError: the chip is unknown, or the slice cannot have that shape.
     """
     match = re.fullmatch(r"([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))?", name.lower())
     chip = CHIPS.get(_ALIASES.get(match[1], match[1])) if match else None
@@ -187,7 +185,7 @@ def _hosts(name: str, shape: tuple[int, ...] | None, count: int | None) -> tuple
 
 
 def _usual_shape(name: str, chip: Chip, count: int | None) -> tuple[int, ...]:
-    """The most even shape of a slice that is named by its size: 8x16 for 128 chips, 2x4x4 for 32."""
+    """The default shape of a slice named by its size, as even as possible: 8x16 for 128 chips, 2x4x4 for 32."""
     unit = "TensorCores" if chip.cores_per_chip > 1 else "chips"
     num_chips, rest = divmod(count or 0, chip.cores_per_chip)
     if rest or num_chips < 1 or num_chips & (num_chips - 1):
@@ -202,14 +200,14 @@ def _usual_shape(name: str, chip: Chip, count: int | None) -> tuple[int, ...]:
 
 
 def compile_only_devices(machine: Machine) -> list[jax.Device]:
-    """Devices of a machine that programs can be compiled for, and not run on.
+    """Devices of a machine for ahead-of-time compilation. Programs cannot run on them.
 
     Raises:
-      ValueError: what JAX needs for that is not installed, or JAX refuses the shape; says what to do.
+      ValueError: libtpu or the CUDA plugin is missing, or libtpu refuses the shape. The message says what to do.
     """
     if machine.chip.platform == "cuda":
         return _cuda_devices(machine)
-    # They tell libtpu not to look for a TPU in this computer; any slice will do.
+    # These keep libtpu from searching for a TPU on this machine. Any slice works.
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v4-8",
@@ -235,10 +233,10 @@ def compile_only_devices(machine: Machine) -> list[jax.Device]:
 
 
 def lowering_for(device: jax.Device) -> contextlib.AbstractContextManager:
-    """The context in which to trace and lower a program for one of `compile_only_devices`.
+    """The context for tracing and lowering a program for one of `compile_only_devices`.
 
-    Pallas's backends ask for the kind of the GPU when they lower a kernel. Since JAX 0.11 they find it in the current
-    abstract mesh; without one they look for a GPU in this computer.
+    Pallas needs the kind of the GPU to lower a kernel. Since JAX 0.11 it reads it from the current abstract mesh;
+    without a mesh it searches for a GPU on this machine.
     """
     return jax.sharding.use_abstract_mesh(make_mesh(1, 1, 1, devices=[device]).abstract_mesh)
 
@@ -252,14 +250,14 @@ def _cuda_devices(machine: Machine) -> list[jax.Device]:
     except NotImplementedError as error:
         raise ValueError(
             "compiling for NVIDIA GPUs needs JAX's CUDA plugin: pip install -e '.[plan-gpu]' to compile only, or "
-            "'.[cuda12]' or '.[cuda13]'; the plugin must be of jax's version, "
-            f"{jax.__version__}; and JAX_PLATFORMS=cpu where there is no GPU"
+            "'.[cuda12]' or '.[cuda13]'; the plugin must have jax's version, "
+            f"{jax.__version__}; without a GPU also set JAX_PLATFORMS=cpu"
         ) from error
     return topology.devices
 
 
 def _target_config(chip: Chip) -> str:
-    """XLA's description of a GPU, a GpuTargetConfigProto as text; limits by CUDA's table of compute capabilities."""
+    """XLA's GpuTargetConfigProto of a GPU, as text. Limits are from CUDA's table of compute capabilities."""
     gpu, kib = _GPUS[chip.name], 2**10
     return f"""
         platform_name: "CUDA"

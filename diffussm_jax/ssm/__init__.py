@@ -1,21 +1,22 @@
 """The state-space core: diagonal SSMs (S4D) in plain JAX, no Flax.
 
-Dimensions, here and in all the package:
+Dimensions in the whole package:
 
     B  batch          H W C  height, width, channels of the (latent) image
     L  sequence       N      real state size, held as N/2 conjugate pairs
     D  channels       J M    tokens of the residual stream, hourglass ratio: L = J * M
 
-Mathematical names follow the papers: `Lambda` is the diagonal state matrix, `dt` the step, and a suffix `_bar` marks a
-discretised quantity. One channel is the linear system (S4D, arXiv 2206.11893, section 3)
+Mathematical names follow the papers: `Lambda` is the diagonal state matrix, `dt` the step size, and the suffix `_bar`
+marks a discretised quantity. Each channel is a linear system (S4D, arXiv 2206.11893, section 3)
 
     x'(t) = Lambda x(t) + B u(t),    y(t) = 2 Re(C . x(t)) + D u(t)
 
-and its discretisation is the convolution of `u` with K[l] = 2 Re sum_n C_n B_bar_n Lambda_bar_n**l. Parameters,
-states and sums are float32 (complex64), whatever the dtype of the input.
+Its discretisation is the convolution of `u` with K[l] = 2 Re sum_n C_n B_bar_n Lambda_bar_n**l. Parameters, states and
+sums are float32 (complex64) for every input dtype.
 """
 
 from diffussm_jax.ssm.apply import DEFAULT_METHOD, METHODS, ssm_apply, ssm_apply_bidirectional, ssm_apply_phases
+from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.costs import multiply_adds
 from diffussm_jax.ssm.discretize import DISCRETIZATIONS, bilinear, zoh
 from diffussm_jax.ssm.hippo import dplr_legs, s4d_inv, s4d_legs, s4d_lin
@@ -33,6 +34,7 @@ __all__ = [
     "bilinear",
     "diagonal_kernel",
     "dplr_legs",
+    "fastest_method",
     "from_phases",
     "init_s4d",
     "initial_state",

@@ -1,14 +1,14 @@
-"""One entrance to every way of computing the SSM.
+"""Dispatches the SSM to one of its methods.
 
-    recurrent    a scan over positions; slow and plain, the oracle of the others
+    recurrent    a scan over positions; slow; the reference that the others are tested against
     associative  a parallel prefix scan
     fft          a convolution by FFT
-    chunked      matrix products in chunks, states between them
-    pallas       the same as a kernel, for TPUs and GPUs
-    auto         the one of these that was measured to be the fastest (`auto.py`), the default
+    chunked      matrix products in chunks, a recurrence of states between them
+    pallas       `chunked` as a kernel, for TPUs and GPUs
+    auto         the method that was measured to be the fastest (`auto.py`); the default
 
-All give the same numbers to float32 accuracy, for any L; `chunked` and `pallas` of a bfloat16 input to the accuracy of
-that. `diffussm_jax.bench ssm` times them side by side.
+All methods agree to float32 accuracy, for any L. With a bfloat16 input, `chunked` and `pallas` agree to bfloat16
+accuracy. `diffussm_jax.bench ssm` times the methods side by side.
 """
 
 import functools
@@ -28,11 +28,11 @@ from diffussm_jax.ssm.recurrent import associative, recurrent
 DEFAULT_METHOD = "auto"
 METHODS = ("auto", "recurrent", "associative", "fft", "chunked", "pallas")
 PLATFORMS = ("cpu", "gpu", "tpu")
-_HALF_PRECISION = ("chunked", "pallas")  # methods that take bfloat16 as it is
+_HALF_PRECISION = ("chunked", "pallas")  # methods that take bfloat16 without a cast to float32
 
 
 def _one_by_one(scan):
-    """A method that shares nothing between directions, in the form of those that do."""
+    """Adapts a method for one direction to a method for R directions."""
 
     def apply(directions, u, *, discretization, reverse):
         outputs = [
@@ -45,7 +45,7 @@ def _one_by_one(scan):
 
 
 def _through_positions(function: Callable) -> Callable:
-    """A function from [B, L, D] to [B, L, R * D] as one from phases to phases."""
+    """Adapts a function from [B, L, D] to [B, L, R * D] to the layout of phases."""
 
     def apply(directions, u, **options):
         M, D, B, J = u.shape
@@ -72,7 +72,7 @@ def _function(method: str, platform: str) -> Callable:
         raise ValueError("SSM method 'pallas' has a kernel for tpu and gpu, none for cpu")
     if platform == "tpu":
         return pallas_tpu
-    # Only here: JAX has deprecated what this kernel is compiled by, and no other method needs it.
+    # A late import: JAX has deprecated the Triton backend that this kernel needs, and no other method uses it.
     try:
         from diffussm_jax.ssm.pallas_gpu import pallas_gpu
     except ImportError as error:
@@ -84,7 +84,7 @@ def _function(method: str, platform: str) -> Callable:
 
 
 def _check(directions: Sequence[SSMParams], u: jax.Array, dimensions: str) -> None:
-    """ValueError unless u has these dimensions, of which D is that of the parameters."""
+    """Raises ValueError unless u is of a float dtype and has these dimensions, with the parameters' D."""
     for D in (params.dt.shape[0] for params in directions):
         if u.ndim != len(dimensions) or u.shape[dimensions.index("D")] != D:
             expected = ", ".join(dimensions)
@@ -104,23 +104,20 @@ def ssm_apply_phases(
     discretization: str = "zoh",
     platform: str | None = None,
 ) -> jax.Array:
-    """Runs R SSMs over the same sequence, which is laid out in M phases: position j M + m is u[m, :, :, j].
+    """Runs R SSMs over the same sequence, laid out in M phases: position j M + m is u[m, :, :, j].
 
-    The layout of `pallas`; an hourglass can make and take it without transposed copies.
+    `pallas` uses this layout, and an hourglass reads and writes it without transposed copies.
 
     Args:
-      directions: R `SSMParams` of D channels.
       u: [M, D, B, J] of any float dtype. Any J >= 1.
-      reverse: of each SSM, whether time runs backwards.
-      method: as for `ssm_apply`.
-      discretization: "zoh" or "bilinear".
-      platform: as for `ssm_apply`.
+      reverse: per SSM, whether it runs backward.
+      method, discretization, platform: see `ssm_apply`.
 
     Returns:
       y [M, R, D, B, J] in the dtype of `u`.
 
     Raises:
-      ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
+      ValueError: as `ssm_apply`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown SSM method {method!r}; choose one of {', '.join(METHODS)}")
@@ -138,7 +135,7 @@ def ssm_apply_phases(
 
 
 def _apply(directions, reverse, u, **options):
-    """`ssm_apply_phases` for u [B, L, D], a single phase: [B, L, R * D]."""
+    """Runs `ssm_apply_phases` on u [B, L, D] as a single phase: [B, L, R * D]."""
     _check(directions, u, "BLD")
     y = from_phases(ssm_apply_phases(directions, to_phases(u, 1), reverse=reverse, **options))
     return y.reshape(*u.shape[:2], -1)
@@ -156,14 +153,12 @@ def ssm_apply(
     """Runs D diagonal SSMs over a sequence: y[l] = sum_j K[j] u[l - j] + D u[l].
 
     Args:
-      params: `SSMParams` of D channels.
       u: [B, L, D] of any float dtype. Any L >= 1.
-      method: "auto", the fastest, or one by name: "recurrent", "associative", "fft", "chunked", on TPUs and GPUs
-        "pallas". Sums and states are float32; "chunked" and "pallas" multiply bfloat16 inputs as they are, others in
-        float32.
+      method: a name of `METHODS`. "pallas" needs a TPU or GPU. Sums and states are float32. "chunked" and "pallas"
+        multiply bfloat16 inputs in bfloat16; the others cast them to float32.
       discretization: "zoh" or "bilinear".
-      reverse: whether time runs backwards, y[l] = sum_j K[j] u[l + j] + D u[l].
-      platform: what it is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
+      reverse: runs backward, y[l] = sum_j K[j] u[l + j] + D u[l].
+      platform: the target of compilation, "cpu", "gpu" or "tpu"; JAX's default backend if None.
 
     Returns:
       y [B, L, D] in the dtype of `u`.
@@ -183,25 +178,19 @@ def ssm_apply_bidirectional(
     discretization: str = "zoh",
     platform: str | None = None,
 ) -> jax.Array:
-    """Runs one SSM forward and another backward over the same sequence; both see the current position.
+    """Runs one SSM forward and another backward over the same sequence. Both include the current position.
 
     DiffuSSM (arXiv 2311.18257, section 3.2), after BiGS (arXiv 2212.10544).
 
     Args:
-      forward: `SSMParams` of D channels.
-      backward: `SSMParams` of D channels.
       u: [B, L, D] of any float dtype. Any L >= 1.
-      method: "auto", the fastest, or one by name: "recurrent", "associative", "fft", "chunked", on TPUs and GPUs
-        "pallas". Sums and states are float32; "chunked" and "pallas" multiply bfloat16 inputs as they are, others in
-        float32.
-      discretization: "zoh" or "bilinear".
-      platform: what it is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
+      method, discretization, platform: see `ssm_apply`.
 
     Returns:
       [B, L, 2D] in the dtype of `u`: the forward outputs, then the backward ones.
 
     Raises:
-      ValueError: a name is unknown, `u` does not fit the parameters, or the platform has no such kernel.
+      ValueError: as `ssm_apply`.
     """
     return _apply(
         (forward, backward), (False, True), u, method=method, discretization=discretization, platform=platform

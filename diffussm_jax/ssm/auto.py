@@ -1,7 +1,7 @@
-"""Which method is the fastest: read from `auto_table.csv`, what `diffussm_jax.bench ssm --write_table` measured.
+"""Chooses the fastest method from the timings in `auto_table.csv`, written by `diffussm_jax.bench ssm --write_table`.
 
-The table has a row for each platform, dtype, shape and method: milliseconds of the bidirectional SSM, forward and all
-gradients. `fastest_method` takes the measured shape nearest in L, then in D, then in N, and the method that won there.
+The table has one row per platform, dtype, shape and method: milliseconds for the bidirectional SSM, forward and all
+gradients. `fastest_method` finds the measured shape nearest in L, then in D, then in N, and returns its fastest method.
 """
 
 import csv
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("auto_table.csv")
-# Where nothing was measured. The TPU's kernel moves a tenth of the bytes of `chunked`, by the compiler's count. The
-# GPU's was compiled but never ran, by a backend that JAX has deprecated; `chunked` needs nothing but matrix products.
+# For platforms without measurements. By the compiler's count, the TPU kernel moves a tenth of the bytes of `chunked`.
+# The GPU kernel was compiled but never run, and JAX has deprecated its backend; `chunked` needs only matrix products.
 UNMEASURED = {"tpu": "pallas", "gpu": "chunked", "cpu": "fft"}
 
 
 class Measurement(NamedTuple):
-    """A row of the table: a method's time for forward and all gradients at a shape."""
+    """A row of the table: the time of a method for forward and all gradients at one shape."""
 
     platform: str
     device: str
@@ -33,7 +33,7 @@ class Measurement(NamedTuple):
 
 
 def read_table(path: str | os.PathLike = TABLE) -> list[Measurement]:
-    """The rows of a table; ValueError, which names the line, where one is not as `Measurement`."""
+    """Reads a table. Raises a ValueError with the line number for a row that is not a `Measurement`."""
     with open(path, newline="") as file:
         reader = csv.reader(file)
         if (header := tuple(next(reader, ()))) != Measurement._fields:
@@ -55,19 +55,14 @@ def _packaged() -> tuple[Measurement, ...]:
 def fastest_method(
     platform: str, dtype: str, L: int, D: int, N: int, table: Sequence[Measurement] | None = None
 ) -> str:
-    """The method to take for a sequence of L positions, D channels and state size N.
+    """Returns the fastest method of `ssm.METHODS` for L positions, D channels and state size N.
+
+    Rows of the same dtype are preferred. A platform without measurements gets its entry of `UNMEASURED`.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      dtype: of the input, by name.
-      L: positions.
-      D: channels.
-      N: state size.
-      table: what was measured; by default the packaged table.
-
-    Returns:
-      A name of `ssm.METHODS`: the nearest shape's fastest, of the same dtype if any was measured; where the platform
-      was not measured, as in `UNMEASURED`.
+      dtype: name of the input's dtype.
+      table: the packaged table if None.
     """
     rows = [row for row in (_packaged() if table is None else table) if row.platform == platform]
     rows = [row for row in rows if row.dtype == dtype] or rows

@@ -1,25 +1,25 @@
-"""The SSM by chunks: matrix products inside a chunk of the sequence, a short recurrence of states between chunks.
+"""The chunked SSM: matrix products inside chunks of the sequence, a recurrence of states between chunks.
 
-Cut into K chunks of c positions, u becomes rows U_k [1, c], and with S_k [1, N] the state on entering chunk k
+u is split into K chunks of c positions, rows U_k [1, c]. S_k [1, N] is the state at the start of chunk k:
 
     Y_k     = U_k T + S_k P           T [c, c]  Toeplitz of the kernel's first c taps (upper triangular; lower backward)
-    S_{k+1} = A S_k + U_k V           V [c, N]  what the chunk's inputs leave in the state at its end
-                                      P [N, c]  what the state at its start gives to the outputs
+    S_{k+1} = A S_k + U_k V           V [c, N]  from the chunk's inputs to the state at its end
+                                      P [N, c]  from the state at its start to the outputs
                                       A [N/2]   Lambda_bar**c, complex
 
-all per channel and in real arithmetic, the real and imaginary parts of the N/2 states side by side. Work and memory
-are linear in L (the same split as SSD, arXiv 2405.21060, section 6, with states that are diagonal and
-time-invariant). For float32, A is the sum of two numbers (`split_transition`), since a rounded one adds its error in
-each of thousands of chunks. The directions share the products: T, V and P of all of them stand side by side (P in
-blocks), so that u is read once for the states and once for the outputs. The input comes in M phases (`ssm.phases`), and
-so do the positions of a chunk; it is T, V and P that are put in their order.
+This is per channel and in real arithmetic, with the real and imaginary parts of the N/2 states side by side. Work and
+memory are linear in L. The split is that of SSD (arXiv 2405.21060, section 6) for diagonal, time-invariant states. For
+float32, A is the sum of two numbers (`split_transition`), because the error of a rounded A grows with each of thousands
+of chunks. T, V and P of all directions are concatenated (P block-diagonally), so that u is read once for the states and
+once for the outputs. The input comes in M phases (`ssm.phases`); T, V and P are permuted to match the order of
+positions in a chunk.
 
-The gradient is the same operator transposed: the adjoint states dW run from chunk to chunk in the opposite order,
+The gradient is the transposed operator. The adjoint states dW run over the chunks in the opposite order,
 
-    dS = dY P^T,   dW_k = conj(A) dW_{k+1} + dS_{k+1},   dU = dY T^T + dW V^T,
+    dS = dY P^T,   dW_k = conj(A) dW_{k+1} + dS_{k+1},   dU = dY T^T + dW V^T.
 
-and products over all rows, U^T dY, U^T dW, S^T dY and conj(S) dW, are the gradients of T, V, P and A. T, V, P and A
-depend on the parameters alone; they are made again for the gradient, and not stored for it.
+The products over all rows U^T dY, U^T dW, S^T dY and conj(S) dW are the gradients of T, V, P and A. These operators
+depend only on the parameters, and the backward pass recomputes them.
 """
 
 import functools
@@ -38,24 +38,24 @@ _FLOAT = jnp.float32
 
 
 def chunk_size(num_positions: int) -> int:
-    """c for sequences of so many positions together: the cost of T grows with it, that of the states between falls."""
+    """The chunk size c for a batch with this total of positions. A larger c costs more in T and less in states."""
     return 128 if num_positions >= 2**16 else 64
 
 
 class _Operators(NamedTuple):
-    """Of R directions; float32."""
+    """The operators of R directions, float32."""
 
     toeplitz: jax.Array  # T [D, c, R * c]
     write: jax.Array  # V [D, c, R * N]
     read: jax.Array  # P [D, R * N, R * c], zero where the directions differ
-    decay: tuple[jax.Array, ...]  # [R, D, N/2] complex, one or two numbers whose sum is A; gradients for the last
+    decay: tuple[jax.Array, ...]  # [R, D, N/2] complex, one or two parts with sum A; the last has the gradient
 
 
 def _toeplitz(K: jax.Array, reverse: bool) -> jax.Array:
     """T[j, i] = K[i - j] where i >= j (backward: K[j - i] where j >= i), for K [D, c]: [D, c, c].
 
-    Every row is the one above, shifted by one: laid end to end, copies of a vector of length 2c read in rows of 2c - 1.
-    No gather, whose gradient would be a scatter.
+    Each row is the row above, shifted by one: repeated copies of a vector of length 2c are reshaped to rows of 2c - 1.
+    This avoids a gather, whose gradient would be a scatter.
     """
     D, c = K.shape
     zeros = jnp.zeros_like(K)
@@ -65,7 +65,7 @@ def _toeplitz(K: jax.Array, reverse: bool) -> jax.Array:
 
 
 def _in_phases(x: jax.Array, num_phases: int, axis: int) -> jax.Array:
-    """Puts an axis of positions in the order of phases."""
+    """Reorders an axis of positions phase by phase."""
     tokens = x.shape[axis] // num_phases
     split = x.reshape(*x.shape[:axis], tokens, num_phases, *x.shape[axis + 1 :])
     return split.swapaxes(axis, axis + 1).reshape(x.shape)
@@ -105,10 +105,10 @@ def _operators(
 
 
 def _carry(written: jax.Array, decay: Sequence[jax.Array], reverse: Sequence[bool], dtype: jnp.dtype) -> jax.Array:
-    """The state on entering each chunk, from what each chunk adds to it: [D, K, B, R * N] float32, to `dtype`.
+    """The state at the start of each chunk, in `dtype`, from what each chunk adds: [D, K, B, R * N] float32.
 
-    In each step of the loop a CPU would convert the whole array of bfloat16 to float32 and back: there it is one of
-    bits.
+    On CPUs a bfloat16 carry is stored as uint16, because XLA:CPU would convert it to float32 and back at every
+    iteration.
     """
     D, K, B, _ = written.shape
     half = decay[0].shape[-1]
@@ -141,13 +141,13 @@ def _carry(written: jax.Array, decay: Sequence[jax.Array], reverse: Sequence[boo
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Operands in the dtype of a, sums in float32."""
+    """An einsum with operands in the dtype of a and float32 accumulation."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == _FLOAT else None
     return jnp.einsum(equation, a, b.astype(a.dtype), precision=precision, preferred_element_type=_FLOAT)
 
 
 def _precise_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The same, but a bfloat16 b is the sum of two numbers: gradients of dt are small differences of states."""
+    """`_product` with b split into two bfloat16 parts, because gradients of dt are small differences of states."""
     if a.dtype == _FLOAT:
         return _product(equation, a, b)
     high = b.astype(a.dtype)
@@ -196,7 +196,7 @@ _apply.defvjp(_apply_forward, _apply_backward)
 
 
 def _decay_gradient(S: jax.Array, dW: jax.Array, num_directions: int) -> jax.Array:
-    """The gradient of A [R, D, N/2], as JAX has those of complex numbers: conjugate."""
+    """The gradient of A [R, D, N/2], conjugated as in JAX's convention for complex numbers."""
 
     def as_complex(x):  # [D, K, B, R, N/2]
         x = x.astype(_FLOAT).reshape(*x.shape[:3], num_directions, 2, -1)
@@ -213,17 +213,16 @@ def chunked(
     reverse: tuple[bool, ...],
     chunk: int | None = None,
 ) -> jax.Array:
-    """R SSMs over the same u, each forward or backward.
+    """Runs R SSMs over the same u, each forward or backward.
 
-    The operands of matrix products are of that dtype, float32 or bfloat16, but for those that decide over the states,
-    which keep float32's digits; sums and the states' recurrence are float32.
+    Matrix products take operands in the dtype of u. Products that make the states keep float32 accuracy. Sums and the
+    recurrence of states are float32.
 
     Args:
-      directions: R `SSMParams` of D channels.
-      u: [M, D, B, J] float32 or bfloat16, in phases. They are interleaved first if M does not divide the chunk.
+      u: [M, D, B, J] float32 or bfloat16, in phases. The phases are interleaved first if M does not divide the chunk.
       discretization: "zoh" or "bilinear".
-      reverse: of each direction, whether time runs backwards.
-      chunk: c, positions; by default `chunk_size` of those of the batch.
+      reverse: per direction, whether it runs backward.
+      chunk: c, positions; `chunk_size` of the batch if None.
 
     Returns:
       y [M, R, D, B, J] in the dtype of `u`.

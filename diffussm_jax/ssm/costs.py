@@ -1,46 +1,29 @@
-"""Multiply-adds of each way of computing the SSM."""
+"""Multiply-adds of each SSM method."""
 
 import math
 
-from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.chunked import chunk_size
 from diffussm_jax.ssm.fft import transform_length
 
 
 def multiply_adds(
-    method: str,
-    platform: str,
-    dtype: str,
-    L: int,
-    D: int,
-    N: int,
-    num_directions: int = 2,
-    *,
-    num_sequences: int = 1,
+    method: str, platform: str, L: int, N: int, num_directions: int = 2, *, num_sequences: int = 1
 ) -> float | None:
-    """Multiply-adds of one channel of one sequence in the forward pass, for all directions together.
+    """Counts the multiply-adds of one channel of one sequence in the forward pass, over all directions.
 
-    "chunked": the matrix products inside chunks and between them, those of both directions as one product with zeros
-    between. "fft": transforms of n real points at 5/4 n log2 n, one of the input and one back for each direction, and
-    the products of their spectra at 3 a complex one. Kernels and operators, made once for a whole batch, are not
-    counted.
+    "chunked" counts the matrix products inside and between chunks, with the block zeros of the joint product of all
+    directions. "fft" counts 5/4 n log2 n for each real transform of n points (one of the input, one back per direction)
+    and 3 for each complex product of the spectra. Kernels and operators are computed once per batch and not counted.
 
     Args:
-      method: of `ssm.METHODS`; "auto" is resolved as `ssm_apply` does.
+      method: of `ssm.METHODS`, except "auto", which `fastest_method` resolves.
       platform: "cpu", "gpu" or "tpu".
-      dtype: of the input, by name.
-      L: positions.
-      D: channels.
-      N: state size.
-      num_directions: R.
-      num_sequences: that a device computes together; decides on the size of chunks.
+      num_sequences: sequences per device; sets the chunk size.
 
     Returns:
-      The count; None for methods that are not counted.
+      The count, or None for methods that are not counted.
     """
     R = num_directions
-    if method == "auto":
-        method = fastest_method(platform, dtype, L, D, N)
     if method == "chunked":
         c = min(L, chunk_size(num_sequences * L))
         K = math.ceil(L / c)

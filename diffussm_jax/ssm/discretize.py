@@ -3,9 +3,8 @@
     zoh:       Lambda_bar = exp(dt Lambda),                        B_bar = (Lambda_bar - 1) / Lambda  B
     bilinear:  Lambda_bar = (1 + dt Lambda/2) / (1 - dt Lambda/2),  B_bar = dt / (1 - dt Lambda/2)  B
 
-Powers Lambda_bar**l turn by l times the angle of one step, thousands of radians for the fast states, of which float32
-keeps too few digits behind the point. So angles are counted in turns, a pair of floats each (`_step_turns`), and whole
-turns are dropped before anything is rounded.
+The angle of Lambda_bar**l reaches thousands of radians for fast states, and float32 keeps too few of its fractional
+digits. So angles are measured in turns, as pairs of floats (`_step_turns`), and whole turns are dropped first.
 """
 
 import functools
@@ -31,9 +30,9 @@ def zoh(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.
     """Zero-order hold: exact for inputs that are constant over each step.
 
     Args:
-      Lambda: [D, N/2] complex64, nowhere zero.
+      Lambda: [D, N/2] complex64, nonzero.
       B: [D, N/2] complex64.
-      dt: [D] float32, the step.
+      dt: [D] float32.
 
     Returns:
       Lambda_bar and B_bar, [D, N/2] complex64.
@@ -41,42 +40,33 @@ def zoh(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.
     turn = _powers(jax.lax.complex(jnp.zeros_like(Lambda.real), Lambda.imag), dt, jnp.ones(1), "zoh")[..., 0]
     log_decay = Lambda.real * dt[..., None]
     decay, cos, sin = jnp.exp(log_decay), turn.real, turn.imag
-    # Lambda_bar - 1 loses all but a few digits where the step is small. Its real part is, with v = 1 - cos,
-    # (decay - 1) cos - v, and v is sin**2 / (1 + cos) where it is small.
+    # Lambda_bar - 1 cancels for small steps. Its real part is (decay - 1) cos - v with v = 1 - cos, and a small v is
+    # computed as sin**2 / (1 + cos).
     versine = jnp.where(cos > 0, sin * sin / (1 + jnp.abs(cos)), 1 - cos)
     minus_1 = jax.lax.complex(jnp.expm1(log_decay) * cos - versine, decay * sin)
     return decay.astype(turn.dtype) * turn, minus_1 / Lambda * B
 
 
 def bilinear(Lambda: jax.Array, B: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The bilinear (Tustin) transform.
-
-    Args:
-      Lambda: [D, N/2] complex64.
-      B: [D, N/2] complex64.
-      dt: [D] float32, the step.
-
-    Returns:
-      Lambda_bar and B_bar, [D, N/2] complex64.
-    """
+    """The bilinear (Tustin) transform, with the shapes of `zoh`."""
     dt = dt[..., None].astype(jnp.complex64)
     half = Lambda * dt / 2
     return (1 + half) / (1 - half), dt * B / (1 - half)
 
 
 def discretize(Lambda: jax.Array, B: jax.Array, dt: jax.Array, discretization: str) -> tuple[jax.Array, jax.Array]:
-    """`zoh` or `bilinear`, by name; raises ValueError for another name."""
+    """Applies `zoh` or `bilinear` by name. Raises ValueError for another name."""
     _check(discretization)
     return (zoh if discretization == "zoh" else bilinear)(Lambda, B, dt)
 
 
 def transition_powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> jax.Array:
-    """Lambda_bar**l for many l, accurate at large ones.
+    """Computes Lambda_bar**l for many l, accurately at large l.
 
     Args:
       Lambda: [D, N/2] complex64.
       dt: [D] float32.
-      exponents: [K], whole numbers below 2**24.
+      exponents: [K], integers below 2**24.
       discretization: "zoh" or "bilinear".
 
     Returns:
@@ -93,11 +83,11 @@ def transition_powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, di
 def split_transition(
     Lambda: jax.Array, dt: jax.Array, discretization: str, num_steps: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """Lambda_bar**l as root + rest, for a recurrence that applies it many times.
+    """Splits Lambda_bar**l into root + rest, for a recurrence that applies it many times.
 
-    The root is a complex64 number on the unit circle, the rest 1/160 at most where the state decays slowly, and the
-    sum is the power to 2e-9 (bilinear: for each step): x -> root x + (rest x + B_bar u) has no systematic error of the
-    size that a rounded Lambda_bar has.
+    The root is a complex64 number on the unit circle. The rest is at most 1/160 where the state decays slowly. Their
+    sum equals the power to 2e-9 (bilinear: per step), so x -> root x + (rest x + B_bar u) avoids the systematic error
+    of a rounded Lambda_bar.
 
     Args:
       Lambda: [D, N/2] complex64.
@@ -145,9 +135,9 @@ def _powers_jvp(discretization, primals, tangents):
 
 
 def _cos_sin(turns: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of an angle in turns, to 1e-7; several times as fast on a CPU as those of radians of any size.
+    """Cosine and sine of an angle in turns, to 1e-7. On a CPU several times as fast as `jnp.cos` of large radians.
 
-    Quarter turns are taken off, and Taylor polynomials serve for the eighth of a turn that is left.
+    Quarter turns are subtracted. Taylor polynomials evaluate the remaining eighth of a turn.
     """
     quarters = jnp.round(4 * turns)
     x = np.float32(2 * np.pi) * (turns - quarters / 4)
@@ -173,12 +163,12 @@ def _log_decay(Lambda: jax.Array, dt: jax.Array, discretization: str) -> jax.Arr
     re, im = Lambda.real * dt[..., None], Lambda.imag * dt[..., None]
     if discretization == "zoh":
         return re
-    # With h = z / 2, |1 + h|^2 / |1 - h|^2 = 1 + 4 Re h / |1 - h|^2, and log1p does not round that sum first.
+    # With h = z / 2, |1 + h|^2 / |1 - h|^2 = 1 + 4 Re h / |1 - h|^2. log1p avoids rounding this sum.
     return jnp.log1p(2 * re / ((1 - re / 2) ** 2 + (im / 2) ** 2)) / 2
 
 
 def _turns(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> tuple[jax.Array, jax.Array]:
-    """The angle of Lambda_bar**l in turns, up to whole ones, as a sum of two floats: [D, N/2, *l.shape] each."""
+    """The angle of Lambda_bar**l in turns, modulo 1, as a sum of two floats: [D, N/2, *l.shape] each."""
     turns, turns_low = _step_turns(Lambda, dt, discretization)
     if exponents.ndim:
         turns, turns_low = turns[..., None], turns_low[..., None]
@@ -187,14 +177,14 @@ def _turns(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretizatio
 
 
 def _step_turns(Lambda: jax.Array, dt: jax.Array, discretization: str) -> tuple[jax.Array, jax.Array]:
-    """The angle of Lambda_bar in turns, up to whole ones, as a sum of two floats: [D, N/2] each."""
+    """The angle of Lambda_bar in turns, modulo 1, as a sum of two floats: [D, N/2] each."""
     if discretization == "zoh":
         angle, angle_low = _exact_product(Lambda.imag, dt[..., None])
         by_angle = np.float32(1 / (2 * np.pi))
         by_angle_low = np.float32(1 / (2 * np.pi) - np.float64(by_angle))
         turns, turns_low = _exact_product(angle, by_angle)
         return turns - jnp.round(turns), turns_low + angle * by_angle_low + angle_low * by_angle
-    # The angles of 1 + h and of the conjugate of 1 - h, which both have the imaginary part of h.
+    # The angles of 1 + h and of the conjugate of 1 - h. Both have the imaginary part of h.
     re = Lambda.real * dt[..., None] / 2
     im, im_low = _exact_product(Lambda.imag, dt[..., None] / 2)
     nearest_plus, turns_plus = _direction(re, im, im_low)
@@ -203,13 +193,13 @@ def _step_turns(Lambda: jax.Array, dt: jax.Array, discretization: str) -> tuple[
 
 
 def _direction(x: jax.Array, y: jax.Array, y_low: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The angle of (1 + x, y + y_low) in turns: that of the nearest root of unity, and the rest."""
+    """The angle of (1 + x, y + y_low) in turns: the angle of the nearest root of unity, and the rest."""
     one_x = 1 + x
-    # What the sum lost. XLA would simplify (1 + x) - 1 to x, but not past a change of precision.
+    # The rounding error of the sum. reduce_precision keeps XLA from simplifying (1 + x) - 1 to x.
     x_low = x - (jax.lax.reduce_precision(one_x, 8, 23) - 1)
     index, _ = _nearest_root(jnp.arctan2(y, one_x) * np.float32(1 / (2 * np.pi)), 0)
     high, low = jnp.asarray(_ROOTS_HIGH)[index], jnp.asarray(_ROOTS_LOW)[index]
-    # Turned back by the root's angle, the vector points almost along the first axis.
+    # Rotated back by the root's angle, the vector points almost along the first axis.
     (y_cos, y_cos_low), (x_sin, x_sin_low) = _exact_product(y, high.real), _exact_product(one_x, high.imag)
     lost = (y_cos_low - x_sin_low) + (y_low * high.real - x_low * high.imag) + (y * low.real - one_x * low.imag)
     across, along = (y_cos - x_sin) + lost, one_x * high.real + y * high.imag
@@ -217,7 +207,7 @@ def _direction(x: jax.Array, y: jax.Array, y_low: jax.Array) -> tuple[jax.Array,
 
 
 def _nearest_root(turns: jax.Array, turns_low: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    """The index of the root of unity nearest to an angle in turns, a sum of two floats, and how many turns remain."""
+    """The index of the nearest root of unity to an angle in turns (a sum of two floats), and the remaining turns."""
     nearest = jnp.round((turns + turns_low) * _NUM_ROOTS)
     return nearest.astype(jnp.int32) % _NUM_ROOTS, (turns - nearest / _NUM_ROOTS) + turns_low
 
@@ -225,8 +215,8 @@ def _nearest_root(turns: jax.Array, turns_low: jax.Array | float) -> tuple[jax.A
 def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """a * b as an unrounded sum of two floats, after Dekker (1971).
 
-    The factors are split into halves of 12 bits by masking, and only products of halves occur. Those are exact, so a
-    compiler that fuses a multiplication with an addition changes nothing.
+    Masking splits the factors into halves of 12 bits. All products are between halves and exact, so fused multiply-adds
+    do not change the result.
     """
 
     def halves(x):

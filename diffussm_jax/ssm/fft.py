@@ -1,12 +1,12 @@
-"""The SSM as a convolution by FFT, both directions from one transform of the input.
+"""The SSM as a convolution by FFT, with one transform of the input for both directions.
 
-With a transform of at least 2L - 1 points the circular convolution is the linear one, and running backwards in time is
-conjugating the kernel's spectrum, so
+With at least 2L - 1 points the circular convolution equals the linear one. Running backward in time conjugates the
+spectrum of the kernel:
 
     y_f = irfft(rfft(u) rfft(K_f)),    y_b = irfft(rfft(u) conj(rfft(K_b))).
 
-The gradients are convolutions too. They are written out, because JAX transposes a real FFT into a complex one of twice
-the work.
+The gradients are convolutions too. They are written by hand, because JAX transposes a real FFT into a complex FFT of
+twice the work.
 """
 
 import functools
@@ -22,16 +22,16 @@ from diffussm_jax.ssm.params import SSMParams
 
 
 def _directed(spectra: jax.Array, reverse: tuple[bool, ...]) -> jax.Array:
-    """[R, ..] spectra, conjugated where the direction is backward."""
+    """Conjugates the spectra [R, ..] of backward directions."""
     sign = np.where(np.asarray(reverse), -1, 1).astype(np.float32)
     return jax.lax.complex(spectra.real, spectra.imag * sign.reshape(-1, *(1,) * (spectra.ndim - 1)))
 
 
 def transform_length(length: int, platform: str) -> int:
-    """How many points to transform for sequences of a length: at least 2L - 1, and a product of small primes.
+    """The number of points of the FFT: at least 2L - 1, and a product of small primes.
 
-    On CPUs not a power of two: rows that far apart share a few lines of the cache, and to transform back and transpose
-    takes up to seven times as long (L = 16,384, D = 384).
+    CPUs avoid powers of two. At that stride rows compete for the same cache lines, and the inverse transform and the
+    transpose take up to seven times as long (L = 16,384, D = 384).
     """
     if platform != "cpu":
         return next_fast_len(2 * length - 1, real=True)
@@ -43,7 +43,7 @@ def transform_length(length: int, platform: str) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(u: jax.Array, kernels: jax.Array, n: int, reverse: tuple[bool, ...]) -> jax.Array:
-    """u [B, D, L] with R kernels [R, D, L] by transforms of n points: [R, B, D, L]."""
+    """Convolves u [B, D, L] with R kernels [R, D, L] by FFTs of n points: [R, B, D, L]."""
     return _convolve_forward(u, kernels, n, reverse)[0]
 
 
@@ -74,7 +74,7 @@ def fft(
     reverse: tuple[bool, ...],
     platform: str,
 ) -> jax.Array:
-    """R SSMs over the same u [B, L, D] float32, each forward or backward: y [B, L, R * D] float32, on a platform."""
+    """Runs R SSMs over the same u [B, L, D] float32, each forward or backward: y [B, L, R * D] float32."""
     B, L, D = u.shape
     kernels = jnp.stack([taps(p, L, discretization) for p in directions])
     y = _convolve(u.swapaxes(1, 2), kernels, transform_length(L, platform), reverse)

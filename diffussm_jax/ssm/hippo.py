@@ -1,9 +1,9 @@
 """HiPPO-LegS and the diagonal state matrices that approximate it.
 
-The LegS matrix (HiPPO, arXiv 2008.07669; in this form S4, arXiv 2111.00396, equation 2) is not normal, but normal plus
-rank one: A = V diag(Lambda) V* - P P^T with P_n = sqrt(n + 1/2). S4D-LegS keeps Lambda alone; S4D-Lin and S4D-Inv are
-closed forms near it (S4D, arXiv 2206.11893, section 4). Eigenvalues come in conjugate pairs, of which the one with
-positive imaginary part is kept. All is computed in NumPy float64, once, at initialisation.
+The LegS matrix (HiPPO, arXiv 2008.07669; in this form S4, arXiv 2111.00396, equation 2) is normal plus rank one:
+A = V diag(Lambda) V* - P P^T with P_n = sqrt(n + 1/2). S4D-LegS keeps only Lambda. S4D-Lin and S4D-Inv are closed forms
+near it (S4D, arXiv 2206.11893, section 4). Of each conjugate pair of eigenvalues the one with positive imaginary part
+is kept. Everything is computed once, at initialisation, in NumPy float64.
 """
 
 import numpy as np
@@ -15,14 +15,7 @@ def _check_state_size(state_size: int) -> None:
 
 
 def legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The HiPPO-LegS system x' = A x + B u.
-
-    Args:
-      state_size: N.
-
-    Returns:
-      A [N, N] and B [N], float64.
-    """
+    """The HiPPO-LegS system x' = A x + B u: A [N, N] and B [N], float64."""
     n = np.arange(state_size)
     B = np.sqrt(2 * n + 1.0)
     A = -np.tril(np.outer(B, B), -1) - np.diag(n + 1.0)
@@ -32,10 +25,7 @@ def legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
 def dplr_legs(state_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """HiPPO-LegS in diagonal plus low-rank form (S4, arXiv 2111.00396, theorem 1).
 
-    A = V (diag(Lambda) - P P*) V*, with P and B given in the eigenbasis.
-
-    Args:
-      state_size: N, even.
+    A = V (diag(Lambda) - P P*) V*, with P and B in the eigenbasis.
 
     Returns:
       Lambda [N], P [N], B [N] complex128, ordered by imaginary part, and the unitary V [N, N].
@@ -55,9 +45,6 @@ def dplr_legs(state_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 def s4d_legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
     """S4D-LegS: the diagonal part of HiPPO-LegS, with its input vector in the eigenbasis.
 
-    Args:
-      state_size: N, even.
-
     Returns:
       Lambda [N/2] and B [N/2], complex128.
 
@@ -69,34 +56,14 @@ def s4d_legs(state_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def s4d_lin(state_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """S4D-Lin: Lambda_n = -1/2 + i pi n, B = 1 (S4D, equation 9).
-
-    Args:
-      state_size: N, even.
-
-    Returns:
-      Lambda [N/2] and B [N/2], complex128.
-
-    Raises:
-      ValueError: the state size is odd or below 2.
-    """
+    """S4D-Lin: Lambda_n = -1/2 + i pi n, B = 1 (S4D, equation 9); see `s4d_legs`."""
     _check_state_size(state_size)
     n = np.arange(state_size // 2)
     return -0.5 + 1j * np.pi * n, np.ones(state_size // 2, np.complex128)
 
 
 def s4d_inv(state_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """S4D-Inv: Lambda_n = -1/2 + i (N/pi) (N/(2n + 1) - 1), B = 1 (S4D, equation 8).
-
-    Args:
-      state_size: N, even.
-
-    Returns:
-      Lambda [N/2] and B [N/2], complex128.
-
-    Raises:
-      ValueError: the state size is odd or below 2.
-    """
+    """S4D-Inv: Lambda_n = -1/2 + i (N/pi) (N/(2n + 1) - 1), B = 1 (S4D, equation 8); see `s4d_legs`."""
     _check_state_size(state_size)
     n = np.arange(state_size // 2)
     imag_part = state_size / np.pi * (state_size / (2 * n + 1) - 1)

@@ -1,42 +1,42 @@
-"""The SSM by chunks as a Pallas kernel for NVIDIA GPUs, through Triton: products on tensor cores, states in registers.
+"""The chunked SSM as a Pallas kernel for NVIDIA GPUs, through Triton: products on tensor cores, states in registers.
 
-A program of the kernel takes one channel and a block of sequences, and goes through chunks u_k [rows, c] of c
-positions. With s the state on entering a chunk, A = Lambda_bar**c and the gain g = 2 C B_bar, a forward channel is
-(backward: the same with the positions of a chunk and the chunks in the opposite order)
+A program processes one channel and a block of sequences, chunk by chunk: u_k [rows, c], c positions each. s is the
+state at the start of a chunk, A = Lambda_bar**c, and the gain g = 2 C B_bar. A forward channel is (backward: the
+positions of a chunk and the chunks are in the opposite order)
 
     y_k = u_k T + Re(s F)       T [c, c]  Toeplitz of the first c taps     F [N/2, c]  g Lambda_bar**(i+1)
     s   = A s + u_k V                                                      V [c, N/2]  Lambda_bar**(c-1-j)
 
-the split of `chunked` (SSD, arXiv 2405.21060, section 6), with B_bar taken out of what enters the state. XLA makes the
-powers of Lambda_bar and the taps; T, V and F are gathered from them, once for a program.
+This is the split of `chunked` (SSD, arXiv 2405.21060, section 6), with B_bar moved from the state's input to the gain.
+XLA computes the powers of Lambda_bar and the taps. Each program gathers T, V and F from them once.
 
-The gradient needs no states of the forward pass. du is the same operator on dy in the opposite direction; and since
-the gradient of a tap is a sum of products of dy and u, in which both play the same part, the states s of dy that du
-needs give the gradients of the parameters too:
+The gradient needs no states of the forward pass. du is the same operator on dy in the opposite direction. The gradient
+of a tap is a sum of products of dy and u and symmetric in them, so the states s of dy, which du needs, also give the
+gradients of the parameters:
 
     dT = sum_k dy_k^T u_k,   dF = sum_k u_k^T s,   and by log Lambda_bar   sum_k u_k^T r + (i+1) u_k^T s,
     r  = A (r + c s) + dy_k V',   V' = (c-1-j) V   the derivative of s by log Lambda_bar.
 
-Residuals are the parameters and u. All sums stay in registers, and XLA adds those of several blocks of sequences, so
-that the result is the same in every run. Products take operands in the dtype of u; sums and states are float32. For
-float32, A is the sum of two numbers, since a rounded one adds its error in each of thousands of chunks. For bfloat16,
-what leads to the gradients of parameters is a sum of two such numbers; what leads to y and du is rounded.
+The residuals are the parameters and u. Sums stay in registers. XLA adds the sums of several blocks of sequences, which
+makes the result deterministic. Products take operands in the dtype of u; sums and states are float32. For float32, A is
+the sum of two numbers, because the error of a rounded A grows with each of thousands of chunks. For bfloat16, operands
+of the parameters' gradients are sums of two bfloat16 numbers; operands of y and du are rounded.
 
-No time was measured: there was no GPU. Compiled for an H100, (B, L, D, N) = (64, 1024, 1152, 64), bfloat16, both
+No times were measured, for lack of a GPU. Compiled for an H100, (B, L, D, N) = (64, 1024, 1152, 64), bfloat16, both
 directions:
 
                                       forward     backward
     bytes of operands and results     474 MB      684 MB      read and written once: 453 and 604 MB
-    to that, if the L2 cache misses   151 MB      453 MB      u again; and du written and read
-    tensor cores                      58 GFLOP    213 GFLOP   wgmma; 3 and 11 products of 64 x 64 x 64 a chunk
-    registers, shared memory          128, 48 KiB 255, 104 KiB (about 50 loads and 15 stores spilled a chunk)
+    additional if the L2 cache misses 151 MB      453 MB      u read again; du written and read
+    tensor cores                      58 GFLOP    213 GFLOP   wgmma; 3 and 11 products of 64 x 64 x 64 per chunk
+    registers, shared memory          128, 48 KiB 255, 104 KiB (about 50 loads and 15 stores spilled per chunk)
 
-XLA adds 250 MB for tables, their gradients and the sums over blocks. Blocks of less than 64 sequences take mma.sync, at
-16 sequences at least; the loop over chunks is serial, so that B D should give each multiprocessor a program.
+XLA adds 250 MB for tables, their gradients and the sums over blocks. Blocks of 16 to 63 sequences use mma.sync. The
+loop over chunks is serial, so B D should be large enough to give each multiprocessor a program.
 
-The input comes in M phases (`ssm.phases`), and the positions of a chunk stay in their order: T, V and F are gathered
-to fit. The matrix products of an hourglass write and read that layout as it is: a block of DiffuSSM compiled for an
-H100 has no copy of U, Y or their gradients.
+The input comes in M phases (`ssm.phases`). The positions of a chunk keep that order, and T, V and F are gathered to
+match. The matrix products of an hourglass use the same layout: a block of DiffuSSM compiled for an H100 has no copy of
+U, Y or their gradients.
 """
 
 import functools
@@ -57,30 +57,30 @@ from diffussm_jax.ssm.params import SSMParams
 from diffussm_jax.ssm.phases import through_one_phase
 
 CHUNK = {"float32": 32, "bfloat16": 64}
-MAX_ROWS = {"float32": 32, "bfloat16": 64}  # of a block, of 64 states; fewer of more, for as many registers
+MAX_ROWS = {"float32": 32, "bfloat16": 64}  # per block with 64 states; fewer with more states, to limit registers
 MAX_STATES = 256
 
-_MIN_SIZE = 16  # of a side of a matrix on a tensor core
+_MIN_SIZE = 16  # smallest side of a matrix on a tensor core
 _ROWS = (16, 32, 64)
 
 
 class _Tables(NamedTuple):
-    """What the gradients of the parameters of R directions go through; float32, complex numbers as pairs."""
+    """Differentiable tables of R directions; float32, complex numbers as pairs."""
 
     taps: jax.Array  # [R, D, c]: K, with the skip in the first
     gain: jax.Array  # [R, D, n, 2]: g
-    log_transition: jax.Array  # [R, D, n, 2]: of the gradient of log Lambda_bar; its value is not used
+    log_transition: jax.Array  # [R, D, n, 2]: carries the gradient of log Lambda_bar; its value is not used
 
 
 class _Powers(NamedTuple):
-    """Of Lambda_bar of R directions, float32. No gradients go through them."""
+    """Powers of Lambda_bar of R directions, float32, without gradients."""
 
     table: jax.Array  # [R, D, c + 1, n, 2]
-    decay: jax.Array  # [R, D, p, n, 2], one or two numbers whose sum is A
+    decay: jax.Array  # [R, D, p, n, 2], one or two parts with sum A
 
 
 def _tables(directions: Sequence[SSMParams], discretization: str, dtype: jnp.dtype) -> tuple[_Tables, _Powers]:
-    """What the kernels are given for u of a dtype is made of this; n is N/2 filled up."""
+    """Makes the tables for u of a dtype; n is N/2 padded to a power of two."""
     chunk = CHUNK[dtype.name]
     p = jax.tree.map(lambda *x: jnp.concatenate(x), *directions)
     n = _power_of_two(p.Lambda.shape[-1])
@@ -110,14 +110,14 @@ def _flat(x: jax.Array) -> jax.Array:
 
 def _operands(tables: _Tables, powers: _Powers, dtype: jnp.dtype, powers_dtype: jnp.dtype) -> TableRefs:
     re, im = tables.gain[..., 0], tables.gain[..., 1]
-    # Re(F s) = Re F Re s - Im F Im s: rows of F are g P and, of the imaginary parts, -g P.
+    # Re(F s) = Re F Re s - Im F Im s: rows of F are g P, and -g P for the imaginary parts.
     read = jnp.stack([_flat(jnp.stack([re, -re], -1)), _flat(jnp.stack([-im, -im], -1))], 2)
     table = _flat(powers.table).astype(powers_dtype)
     return TableRefs(tables.taps.astype(dtype), read, table, decay=jnp.moveaxis(powers.decay, -1, 3))
 
 
 def _complex(products: jax.Array) -> jax.Array:
-    """z w [.., n], from sums of products of z and w, and of z swapped and w, [.., 2, W]."""
+    """z w [.., n] from sums of products of z and w, and of swapped z and w, [.., 2, W]."""
     straight, swapped = (products[..., i, :].reshape(*products.shape[:-2], -1, 2) for i in (0, 1))
     return jax.lax.complex(straight[..., 0] - straight[..., 1], swapped[..., 0] + swapped[..., 1])
 
@@ -138,7 +138,7 @@ def _apply_forward(directions, u, g, discretization):
     operands = _operands(*_tables(directions, discretization, u.dtype), u.dtype, u.dtype)
     y = pl.pallas_call(
         functools.partial(forward_kernel, g),
-        grid=(len(g.reverse), D, g.num_blocks),  # the first varies fastest: directions share the reads of u
+        grid=(len(g.reverse), D, g.num_blocks),  # the first axis varies fastest: directions share the reads of u
         in_specs=[
             pl.BlockSpec((M, None, g.rows, J), lambda r, d, i: (0, d, i, 0)),
             *(
@@ -190,7 +190,7 @@ _apply.defvjp(_apply_forward, _apply_backward)
 
 
 def _power_of_two(size: int) -> int:
-    """The least power of two, at least 16, that is not below a size."""
+    """Rounds a size up to a power of two, at least 16."""
     return max(_MIN_SIZE, 1 << (size - 1).bit_length())
 
 
@@ -200,8 +200,8 @@ def _warn_of_triton() -> None:
         return
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # JAX's own
     warnings.warn(
-        "on GPUs the SSM method 'pallas' is compiled by Pallas's Triton backend, which JAX has deprecated and will "
-        "remove; the methods 'auto' and 'chunked' do not need it",
+        "on GPUs the SSM method 'pallas' needs Pallas's Triton backend, which JAX has deprecated and will remove; "
+        "the methods 'auto' and 'chunked' do not need it",
         FutureWarning,
         stacklevel=2,
     )
@@ -216,26 +216,25 @@ def pallas_gpu(
     interpret: bool = False,
     max_rows: int | None = None,
 ) -> jax.Array:
-    """R SSMs over the same u, each forward or backward, with gradients of u and of the parameters.
+    """Runs R SSMs over the same u, each forward or backward. Differentiable in u and in the parameters.
 
     After SSD (arXiv 2405.21060, section 6). Memory and work are linear in L.
 
     Args:
-      directions: R `SSMParams` of D channels.
       u: [M, D, B, J] float32 or bfloat16: position j M + m of the L = J M is u[m, :, :, j]. Matrix products take
-        operands of this dtype, float32 ones at full precision. Phases are interleaved first if M does not divide the
-        chunks of 64 positions, or of 32 for float32.
+        operands of this dtype, float32 at full precision. Phases are interleaved first if M does not divide the chunk
+        of 64 positions (32 for float32).
       discretization: "zoh" or "bilinear".
-      reverse: of each direction, whether time runs backwards.
-      interpret: whether to run the kernel as plain JAX, on any machine; slow.
-      max_rows: the most sequences that a program of the kernel goes through together: 16, 32 or 64. By default
-        `MAX_ROWS` of the dtype, fewer for N above 64.
+      reverse: per direction, whether it runs backward.
+      interpret: run the kernel as plain JAX, on any machine; slow.
+      max_rows: the maximum of sequences per program: 16, 32 or 64. `MAX_ROWS` of the dtype if None, fewer for N > 64.
 
     Returns:
       y [M, R, D, B, J] in the dtype of `u`.
 
     Raises:
-      ValueError: `u` is of another dtype, `max_rows` of another size, N above 256, or the discretisation unknown.
+      ValueError: the dtype of `u` or the value of `max_rows` is not supported, N is above 256, or the discretisation is
+        unknown.
     """
     if u.dtype.name not in CHUNK:
         raise ValueError(f"u must be {' or '.join(CHUNK)} for the GPU kernel, got {u.dtype}")

@@ -1,10 +1,10 @@
-"""The kernels of `pallas_gpu`, whose docstring has the equations: one channel, a block of sequences, chunk by chunk.
+"""The kernels of `pallas_gpu`: one channel, a block of sequences, chunk by chunk. That module has the equations.
 
-The positions of a chunk come phase after phase, as they lie in memory: all that depends on their order is T, V and F.
+The positions of a chunk come phase after phase, as in memory. Only T, V and F depend on their order.
 
-Complex numbers lie along the last axis of real arrays [.., W], real and imaginary part of one state side by side, so
-that matrix products take them whole. In what a tensor core puts out both are registers of one thread, and no data
-moves between threads to multiply them.
+Complex numbers are stored along the last axis of real arrays [.., W], the real and imaginary part of a state side by
+side, as operands of matrix products. In the output of a tensor core both parts are registers of one thread, so complex
+products move no data between threads.
 """
 
 import functools
@@ -25,30 +25,30 @@ class Geometry(NamedTuple):
     reverse: tuple[bool, ...]
     num_phases: int  # M
     chunk: int  # c, positions of a chunk; a multiple of M
-    num_chunks: int  # K, of a sequence
-    rows: int  # sequences of a block
+    num_chunks: int  # K, per sequence
+    rows: int  # sequences per block
     num_blocks: int
     interpret: bool
 
     def position(self, index):
-        """The position in a chunk of what is index-th in memory."""
+        """Converts an index in memory to a position in a chunk."""
         tokens = self.chunk // self.num_phases
         return jax.lax.rem(index, tokens) * self.num_phases + jax.lax.div(index, tokens)
 
     def chunk_at(self, i, is_reverse):
-        """Indices of the chunk that comes i-th in time, in [M, rows, J]."""
+        """Indices into [M, rows, J] of the i-th chunk in time."""
         tokens, index = self.chunk // self.num_phases, _iota((self.rows, self.chunk), 1)
         first = jnp.where(is_reverse, self.num_chunks - 1 - i, i) * tokens
         return jax.lax.div(index, tokens), _iota(index.shape, 0), first + jax.lax.rem(index, tokens)
 
 
 class TableRefs(NamedTuple):
-    """What the kernels need of the parameters of R directions; of one direction in the forward kernel."""
+    """The tables of R directions; the forward kernel gets those of one direction."""
 
-    taps: jax.Array  # [R, c] in the dtype of u: K, with the skip in the first
-    read: jax.Array  # [R, 2, W]: the factors of g that make F from powers
-    powers: jax.Array  # [R, c + 1, W] of Lambda_bar; in the forward kernel in the dtype of u
-    decay: jax.Array  # [R, p, 2, W/2]: real and imaginary part of the numbers whose sum is A, one or two
+    taps: jax.Array  # [R, c] in the dtype of u: K, with the skip added to the first
+    read: jax.Array  # [R, 2, W]: factors made of g that turn powers into F
+    powers: jax.Array  # [R, c + 1, W] of Lambda_bar; the forward kernel has them in the dtype of u
+    decay: jax.Array  # [R, p, 2, W/2]: real and imaginary part of one or two parts with sum A
 
 
 class _Operators(NamedTuple):
@@ -59,7 +59,7 @@ class _Operators(NamedTuple):
 
 
 def _times(a: Sequence[tuple[jax.Array, jax.Array]], z: jax.Array) -> jax.Array:
-    """The product of complex numbers, of which the first are a sum, with real and imaginary part apart."""
+    """The complex product of z with the sum of the parts of a, each a pair of real and imaginary part."""
     re, im = jax.lax.unstack(z.reshape(z.shape[0], -1, 2), axis=-1)
     products = [(x * re - y * im, x * im + y * re) for x, y in a]
     parts = [functools.reduce(jnp.add, part) for part in zip(*products, strict=True)]
@@ -71,13 +71,13 @@ def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def _lags(g: Geometry, is_reverse) -> jax.Array:
-    """[c, c]: by how much position j (first axis) is before position i."""
+    """[c, c]: the lag from position j (first axis) to position i."""
     i, j = (g.position(_iota((g.chunk, g.chunk), axis)) for axis in (1, 0))
     return jnp.where(is_reverse, j - i, i - j)
 
 
 def _exponents(g: Geometry, shape: tuple[int, int], axis: int, is_reverse) -> jax.Array:
-    """The exponents in F, of positions along an axis; those in V are c minus them."""
+    """The exponents in F of the positions along an axis. Exponents in V are c minus these."""
     position = g.position(_iota(shape, axis))
     return jnp.where(is_reverse, g.chunk - position, position + 1)
 
@@ -98,7 +98,7 @@ def _operators(g: Geometry, tables: TableRefs, r: int, is_reverse) -> _Operators
 
 
 def forward_kernel(g: Geometry, u_ref, *refs):
-    """y [M, rows, J] of one direction from u [M, rows, J]."""
+    """Computes y [M, rows, J] of one direction from u [M, rows, J]."""
     *tables, y_ref = refs
     is_reverse, dtype = runs_backwards(g.reverse, pl.program_id(0)), u_ref.dtype
     T, V, F, A = _operators(g, TableRefs(*tables), 0, is_reverse)
@@ -113,7 +113,7 @@ def forward_kernel(g: Geometry, u_ref, *refs):
 
 
 class _Sums(NamedTuple):
-    """Sums over chunks and sequences, from which the gradients of a direction's tables follow."""
+    """Sums over chunks and sequences that give the gradients of a direction's tables."""
 
     toeplitz: jax.Array  # [c, c]: dy_j u_i
     state: jax.Array  # [c, W]: u_i s
@@ -121,18 +121,18 @@ class _Sums(NamedTuple):
 
 
 def backward_kernel(g: Geometry, u_ref, dy_ref, *refs):
-    """du [M, rows, J], and the gradients of each direction's tables, from u [M, rows, J] and dy [M, R, rows, J]."""
+    """Computes du [M, rows, J] and the tables' gradients per direction from u [M, rows, J] and dy [M, R, rows, J]."""
     *tables, du_ref, d_toeplitz_ref, by_gain_ref, by_log_ref = refs
     tables = TableRefs(*tables)
     for r, is_backward in enumerate(g.reverse):
         if r and not g.interpret:
-            pltriton.debug_barrier()  # threads read what others wrote of du
+            pltriton.debug_barrier()  # threads read parts of du that other threads wrote
         sums = _adjoint(g, r, not is_backward, u_ref, dy_ref, tables, du_ref)
         _write_gradients(g, r, not is_backward, sums, tables, d_toeplitz_ref, by_gain_ref, by_log_ref)
 
 
 def _adjoint(g: Geometry, r: int, is_reverse: bool, u_ref, dy_ref, tables: TableRefs, du_ref) -> _Sums:
-    """Writes the first direction's du, or adds another's to it."""
+    """Writes du for the first direction, or adds to it for the others."""
     dtype = u_ref.dtype
     T, V, F, A = _operators(g, tables, r, is_reverse)
     V_tangent = (1 - _exponents(g, V.shape, 0, is_reverse).astype(FLOAT) / g.chunk) * V
@@ -162,7 +162,7 @@ def _adjoint(g: Geometry, r: int, is_reverse: bool, u_ref, dy_ref, tables: Table
 
 
 def _write_gradients(g: Geometry, r: int, is_reverse: bool, sums: _Sums, tables: TableRefs, *gradient_refs):
-    """Of T [R, c, c], its columns in order of the lag; and products with powers, straight and swapped, [R, 2, W]."""
+    """Writes dT [R, c, c], with columns ordered by lag, and products with powers, straight and swapped, [R, 2, W]."""
     d_toeplitz_ref, by_gain_ref, by_log_ref = gradient_refs
     chunk, W = sums.state.shape
     lag = _lags(g, is_reverse)

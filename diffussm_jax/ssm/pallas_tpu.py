@@ -1,8 +1,8 @@
-"""The SSM by chunks as a Pallas kernel for TPUs: products on the matrix unit, states that never leave the chip.
+"""The chunked SSM as a Pallas kernel for TPUs: products on the matrix unit, states that never leave the chip.
 
-The sequence is cut into chunks of c = 128 positions, one row of a matrix U [rows, c] for each channel. With s_k the
-state on entering chunk k, A = Lambda_bar**c, and the gain g = 2 C B_bar, a forward channel is (backward: the same with
-the positions of a chunk and the chunks in the opposite order)
+The sequence is split into chunks of c = 128 positions, the rows of a matrix U [rows, c] per channel. s_k is the state
+at the start of chunk k, A = Lambda_bar**c, and the gain g = 2 C B_bar. A forward channel is (backward: the positions of
+a chunk and the chunks are in the opposite order)
 
     w_k = sum_j Lambda_bar**(c-1-j) u_kj                     W = U V        V [c, N]  powers of Lambda_bar
     s_k = A s_{k-1} + w_{k-1}                                doubling       s_k += A**d s_{k-d} for d = 1, 2, 4, ..
@@ -10,25 +10,24 @@ the positions of a chunk and the chunks in the opposite order)
            + Re sum_n g_n s_kn Lambda_bar_n**(i+1)           U T + S' P^T   T [c, c]  Toeplitz of the taps K
                                                              S' = g S       P [c, N]  conjugate powers, K = g P^T
 
-the split of `chunked` (SSD, arXiv 2405.21060, section 6), with B_bar taken out of what enters the state. T, V and P are
-made in the kernel, T from K by shifts, V and P as products of 8 with 16 powers, so that little else than u and y
-crosses the memory bus. The gradient is the same operator transposed,
+This is the split of `chunked` (SSD, arXiv 2405.21060, section 6), with B_bar moved from the state's input to the gain.
+The kernel makes T from K by shifts, and V and P as products of 8 with 16 powers, so that memory traffic is little more
+than u and y. The gradient is the transposed operator,
 
-    dS' = dY P,   dW = the states of dS in the opposite order, with conj A,   dU = dY T^T + dW V^T
+    dS' = dY P,   dW = the states of dS in the opposite order, with conj A,   dU = dY T^T + dW V^T.
 
-and dT = U^T dY, dV = U^T dW and dP = dY^T S' are reduced on chip to the gradients of g, of K[0] and of log Lambda_bar:
-the powers Lambda_bar**m give the latter sum_m m conj(Lambda_bar**m) d(Lambda_bar**m).
+dT = U^T dY, dV = U^T dW and dP = dY^T S' are reduced on chip to the gradients of g, of K[0] and of log Lambda_bar. The
+last is sum_m m conj(Lambda_bar**m) d(Lambda_bar**m) over the powers.
 
-The input comes in M phases [D, B, J], position j M + m at j of phase m, as the hourglass makes them. A block of the
-kernel is c tokens or more of all phases, of 8 or more sequences, and the matrix unit interleaves the phases: rows are
-chunk after chunk, of all these sequences. XLA writes and reads phases in the products around, without transposed
-copies. More than 4 phases are interleaved by XLA first. A batch that is no multiple of 8 is laid out anew, the chunks
-of one sequence after another.
+The input comes in M phases [D, B, J], with position j M + m at index j of phase m, the layout of the hourglass. XLA
+reads and writes phases in the adjacent products without transposed copies. A block of the kernel holds at least c
+tokens of all phases of at least 8 sequences. The matrix unit interleaves the phases; rows are ordered chunk by chunk,
+over all these sequences. XLA interleaves more than 4 phases first. For a batch size that 8 does not divide, the input
+is rearranged to the chunks of one sequence after another.
 
-Two channels share the lanes of a register: the real parts of one, of the other, then the imaginary parts. Products
-take operands in the dtype of u; sums, states and carries are float32. For bfloat16, the operands that decide over the
-states and the gradients of parameters are sums of two such numbers, so that T and what reads the states are all that
-is rounded.
+Two channels share the lanes of a register: the real parts of both, then the imaginary parts of both. Products take
+operands in the dtype of u; sums, states and carries are float32. For bfloat16, operands that make the states and the
+parameters' gradients are sums of two bfloat16 numbers. Only T and the operands that read the states are rounded.
 """
 
 import functools
@@ -54,22 +53,22 @@ from diffussm_jax.ssm.pallas_tpu_kernels import (
 from diffussm_jax.ssm.params import SSMParams
 from diffussm_jax.ssm.phases import through_one_phase
 
-MAX_ROWS = {"float32": 128, "bfloat16": 256}  # of a block, at most 256: there are 8 doublings of A
-MAX_PHASES = 4  # that the kernel interleaves; the work of it grows with M
+MAX_ROWS = {"float32": 128, "bfloat16": 256}  # per block; at most 256, because there are 8 doublings of A
+MAX_PHASES = 4  # that the kernel interleaves; this work grows with M
 
-_ROW_TILE = 16  # the rows of a tile of bfloat16
+_ROW_TILE = 16  # rows of a bfloat16 tile
 
 
 class _Tables(NamedTuple):
-    """What the kernels need of the parameters of R directions: D channels in pairs, W lanes a pair; float32."""
+    """Differentiable tables of R directions: D channels in pairs, W lanes per pair; float32."""
 
     first_tap: jax.Array  # [R, D, c]: K[0] and the skip in each lane
     gain: jax.Array  # [R, D/2, W]: g
-    log_transition: jax.Array  # [R, D/2, W]: of the gradient of log Lambda_bar; its value is not used
+    log_transition: jax.Array  # [R, D/2, W]: carries the gradient of log Lambda_bar; its value is not used
 
 
 def _pair(x: jax.Array, fill: float = 0) -> jax.Array:
-    """[R, D, N/2] to [R, D/2, W/2], the states of two channels side by side, filled up to whole registers."""
+    """[R, D, N/2] to [R, D/2, W/2]: the states of two channels side by side, padded to whole registers."""
     R, D, half = x.shape
     x = jnp.pad(x, ((0, 0), (0, -D % CHANNELS), (0, -half % 32)), constant_values=fill)
     return x.reshape(R, x.shape[1] // 2, -1)
@@ -81,7 +80,7 @@ def _pack(z: jax.Array) -> jax.Array:
 
 
 def _powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretization: str) -> jax.Array:
-    """Lambda_bar**l, each number with a step of its own: [R, D/2, .., n] of Lambda, dt [R, D/2, n], l [R, ..]."""
+    """Lambda_bar**l with a step size per number: [R, D/2, .., n] from Lambda, dt [R, D/2, n] and l [R, ..]."""
 
     def power(Lambda, dt, exponent):
         return transition_powers(Lambda[..., None], dt, exponent[None], discretization)[..., 0, 0]
@@ -92,7 +91,7 @@ def _powers(Lambda: jax.Array, dt: jax.Array, exponents: jax.Array, discretizati
 
 
 def _exponents(is_reverse: bool) -> jax.Array:
-    """[40]: of the first 8 rows of V and of P, of the first row of each 8 rows of V, and of A**(1, 2, 4, .., 128)."""
+    """[40]: exponents of the first 8 rows of V, of P, of each eighth row of V, and of A**(1, 2, 4, .., 128)."""
     low, high = jnp.arange(SUBLANES), jnp.arange(0, CHUNK, SUBLANES)
     steps = CHUNK * 2 ** jnp.arange(8)
     if is_reverse:
@@ -103,7 +102,7 @@ def _exponents(is_reverse: bool) -> jax.Array:
 def _tables(
     directions: Sequence[SSMParams], discretization: str, reverse: tuple[bool, ...]
 ) -> tuple[_Tables, jax.Array]:
-    """The tables through which gradients go, and powers of Lambda_bar [R, D/2, 40, W] through which none go."""
+    """The differentiable tables, and powers of Lambda_bar [R, D/2, 40, W] without gradients."""
     p = jax.tree.map(lambda *x: jnp.stack(x), *directions)
     dt = _pair(jnp.broadcast_to(p.dt[..., None], p.Lambda.shape))
     Lambda = _pair(p.Lambda, -1)
@@ -119,7 +118,7 @@ def _tables(
             z if discretization == "zoh" else z * jax.lax.stop_gradient(1 / ((1 - z / 2) * (1 + z / 2)))
         ),
     )
-    # Real and imaginary parts, each computed in its lanes: joining them later would be a pass through memory.
+    # Real and imaginary parts are computed in their own lanes. Joining them later would cost a pass through memory.
     exponents = jnp.stack([_exponents(is_reverse) for is_reverse in reverse])
     powers = _powers(*(jnp.concatenate([x, x], -1) for x in (Lambda, dt)), exponents, discretization)
     is_real, _ = lane_masks(powers.shape[-2:])
@@ -128,7 +127,7 @@ def _tables(
 
 
 def _tile(num_phases: int, g: Geometry) -> tuple[int, int]:
-    """The part of X and Y that a block of `rows` chunks takes."""
+    """The tile of X and Y in a block of `rows` chunks."""
     rows = g.rows if g.stride == 1 else g.stride
     return rows, g.rows // (num_phases * rows) * CHUNK
 
@@ -137,13 +136,11 @@ def _call(kernel, g: Geometry, inputs: dict, outputs: dict, *, is_adjoint: bool,
     """Calls a kernel over (blocks of channels, directions, blocks of rows).
 
     Args:
-      kernel: takes the geometry, references to the inputs and the outputs, and a carry.
-      g: the geometry.
-      inputs: arrays by name, as `outputs`.
+      kernel: called with the geometry, references to the inputs and outputs, and a carry.
+      inputs: arrays by name, see `outputs`.
       outputs: shapes by name: "u" [M, D, X, Y], "y", "dy" and "du" [M, R, D, X, Y], "carries"
-        [R, num_blocks, D/2 * stride, W], all others [R, D or D/2, ..] with one block for all the rows.
-      is_adjoint: whether the rows come in the order opposite to the direction's.
-      interpret: as for `pallas_call`.
+        [R, num_blocks, D/2 * stride, W], all others [R, D or D/2, ..] with one block for all rows.
+      is_adjoint: process rows in the opposite order of the direction.
     """
     lanes, (M, D, _, Y) = inputs["powers"].shape[-1], inputs["u"].shape
     tile = _tile(M, g)
@@ -210,7 +207,7 @@ def _apply_backward(g, discretization, interpret, residuals, dy):
         interpret=interpret,
     )
     (d_directions,) = pull_back(_Tables(*d_tables))
-    # Added up one by one, which XLA does on the way to whatever comes next; a sum over an axis is a pass of its own.
+    # XLA fuses separate additions into the next operation. A sum over an axis would be a pass of its own.
     return d_directions, sum(du[:, r].astype(FLOAT) for r in range(len(g.reverse))).astype(u.dtype)
 
 
@@ -222,7 +219,7 @@ def _round_up(x: int, multiple: int) -> int:
 
 
 def _as_phases(u: jax.Array, max_rows: int, apply) -> jax.Array:
-    """u [M, D, B, J] as it is, with whole tiles of tokens; B is a multiple of 8. Results like `pallas_tpu`."""
+    """Applies to u [M, D, B, J], padded to whole tiles of tokens. B is a multiple of 8. Returns as `pallas_tpu`."""
     M, _, B, J = u.shape
     stride = max(s for s in range(SUBLANES, B + 1, SUBLANES) if B % s == 0 and M * s <= max_rows)
     num_tiles = -(-J // CHUNK)
@@ -239,7 +236,7 @@ def _as_phases(u: jax.Array, max_rows: int, apply) -> jax.Array:
 
 
 def _as_rows(u: jax.Array, max_rows: int, apply) -> jax.Array:
-    """u [1, D, B, L] as [1, D, B * K, c], one sequence's chunks after another's. Results like `pallas_tpu`."""
+    """Applies to u [1, D, B, L] as [1, D, B * K, c], sequence after sequence. Returns as `pallas_tpu`."""
     _, D, B, L = u.shape
     K = -(-L // CHUNK)
     num_blocks = -(-B * K // max_rows)
@@ -259,25 +256,24 @@ def pallas_tpu(
     interpret: bool = False,
     max_rows: int | None = None,
 ) -> jax.Array:
-    """R SSMs over the same u, each forward or backward, with gradients of u and of the parameters.
+    """Runs R SSMs over the same u, each forward or backward. Differentiable in u and in the parameters.
 
     After SSD (arXiv 2405.21060, section 6). Memory and work are linear in L.
 
     Args:
-      directions: R `SSMParams` of D channels.
       u: [M, D, B, J] float32 or bfloat16: position j M + m of the L = J M is u[m, :, :, j]. Matrix products take
-        operands of this dtype, float32 ones at full precision.
+        operands of this dtype, float32 at full precision.
       discretization: "zoh" or "bilinear".
-      reverse: of each direction, whether time runs backwards.
-      interpret: whether to run the kernel as plain JAX, on any machine; slow.
-      max_rows: the most chunks of 128 positions, of all the sequences, that are on the chip at a time; a multiple of
-        16, at most 256. By default `MAX_ROWS` of the dtype.
+      reverse: per direction, whether it runs backward.
+      interpret: run the kernel as plain JAX, on any machine; slow.
+      max_rows: the maximum of chunks of 128 positions, over all sequences, on the chip at a time: a multiple of 16, at
+        most 256. `MAX_ROWS` of the dtype if None.
 
     Returns:
       y [M, R, D, B, J] in the dtype of `u`.
 
     Raises:
-      ValueError: `u` is of another dtype, `max_rows` of another size, or the discretisation unknown.
+      ValueError: the dtype of `u`, the value of `max_rows` or the discretisation is not supported.
     """
     if u.dtype.name not in MAX_ROWS:
         raise ValueError(f"u must be {' or '.join(MAX_ROWS)} for the TPU kernel, got {u.dtype}")

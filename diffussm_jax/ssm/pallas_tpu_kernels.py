@@ -1,6 +1,6 @@
-"""The kernels of `pallas_tpu`, whose docstring has the equations: one block of rows and 16 channels, in one direction.
+"""The kernels of `pallas_tpu`: one block of rows and 16 channels, in one direction. That module has the equations.
 
-Two channels share the lanes of a register: the real parts of one, of the other, then the imaginary parts: W lanes.
+Two channels share the W lanes of a register: the real parts of both, then the imaginary parts of both.
 """
 
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from jax.experimental.pallas import tpu as pltpu
 from diffussm_jax.ssm.pallas_common import FLOAT, dot, high_and_low, runs_backwards
 
 CHUNK = 128
-CHANNELS = 16  # of a block, so that its 8 pairs of channels fill the sublanes of a register
+CHANNELS = 16  # per block: 8 pairs of channels fill the sublanes of a register
 SUBLANES = 8
 
 
 class Geometry(NamedTuple):
-    """The static shape of a call, and the order in which it goes through the rows."""
+    """The static shape of a call and its order of rows."""
 
     reverse: tuple[bool, ...]
-    num_chunks: int  # K, of each sequence
-    stride: int  # sequences side by side: row r + stride has the chunk behind that of row r, of the same sequence
-    rows: int  # of a block
+    num_chunks: int  # K, per sequence
+    stride: int  # interleaved sequences: row r + stride holds the chunk after that of row r, of the same sequence
+    rows: int  # per block
     num_blocks: int  # of rows
 
     def block(self, direction, i, *, is_adjoint: bool):
-        """The block of rows that comes i-th in the order of a direction, or in the opposite one."""
+        """The i-th block of rows in the order of a direction, or in the opposite order if `is_adjoint`."""
         is_backward = runs_backwards(self.reverse, direction) != is_adjoint
         return jnp.where(is_backward, self.num_blocks - 1 - i, i)
 
 
 def _swap(z: jax.Array) -> jax.Array:
-    """Real and imaginary parts exchanged."""
+    """Exchanges real and imaginary parts."""
     return pltpu.roll(z, z.shape[-1] // 2, 1)
 
 
@@ -47,7 +47,7 @@ def lane_masks(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
 
 
 def _factors(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two factors with a z = z * same + swap(z) * cross, and conj(a) z = z * same - swap(z) * cross."""
+    """(same, cross) with a z = z * same + swap(z) * cross and conj(a) z = z * same - swap(z) * cross."""
     is_real, _ = lane_masks(a.shape)
     return jnp.where(is_real, a, _swap(a)), jnp.where(is_real, -_swap(a), a)
 
@@ -61,12 +61,12 @@ def _conjugate_product(x: jax.Array, dx: jax.Array, weight: jax.Array | None = N
 
 
 def _by_channel(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The lanes of the pair's first channel from one array, the others from another."""
+    """Takes the lanes of the pair's first channel from `first`, the others from `second`."""
     return jnp.where(lane_masks(first.shape)[1], first, second)
 
 
 def interleaving(num_phases: int, dtype: jnp.dtype) -> jax.Array:
-    """The permutation of M c lanes that takes phase after phase to position after position: m c + j to j M + m."""
+    """The permutation of M c lanes from the order of phases to the order of positions: m c + j to j M + m."""
     size = num_phases * CHUNK
     phases, positions = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     return (jax.lax.rem(phases, CHUNK) * num_phases + jax.lax.div(phases, CHUNK) == positions).astype(dtype)
@@ -79,13 +79,12 @@ def _lanes(x: jax.Array, i: int) -> jax.Array:
 def _read(phases: Sequence[jax.Array], permutation: jax.Array) -> jax.Array:
     """The chunks of a block, [rows, c], from its M phases [sequences, tokens].
 
-    Tiles of c tokens of all phases, side by side, are M chunks when their lanes are interleaved, which the matrix unit
-    does without rounding.
+    Interleaving the lanes of M tiles of c tokens, one per phase, gives M chunks. The matrix unit interleaves exactly.
     """
     tokens, dtype = phases[0].shape[1], phases[0].dtype
     if tokens == CHUNK and len(phases) == 1:
         return phases[0]
-    phases = [x.astype(FLOAT) for x in phases]  # whole registers of it are 8 rows, of bfloat16 16
+    phases = [x.astype(FLOAT) for x in phases]  # a register holds 8 rows of float32, 16 of bfloat16
     tiles = [jnp.concatenate([_lanes(x, t) for x in phases], 1) for t in range(tokens // CHUNK)]
     if len(phases) > 1:
         tiles = jnp.split(dot(jnp.concatenate(tiles, 0).astype(dtype), permutation, (1, 0)), len(tiles))
@@ -110,24 +109,24 @@ def _write(rows: jax.Array, phases: Sequence, permutation: jax.Array) -> None:
 
 
 def _products(of_channels: Sequence[jax.Array], b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Products of u or y of two channels with b, each channel's in its lanes.
+    """Products of u or y of two channels with b, each in the lanes of its channel.
 
-    For bfloat16, b is the sum of two such numbers: u and y are what they are, and the product keeps float32's digits.
-    The gradients of parameters are small differences of such products.
+    For bfloat16 u or y, b is split into two bfloat16 parts, so that the product keeps float32 accuracy. The gradients
+    of parameters are small differences of such products.
     """
     parts = high_and_low(b, of_channels[0].dtype)
     return _by_channel(*(sum(dot(x, part, contract) for part in parts) for x in of_channels))
 
 
 def _toeplitz_mask(is_reverse: jax.Array) -> jax.Array:
-    """Where T[j, i] is not zero: output i does not come before input j."""
+    """The mask where T[j, i] is nonzero: output i is not before input j."""
     to, since = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (1, 0))
     lag = to - since
     return jnp.where(is_reverse, -lag, lag) >= 0
 
 
 def _shear(block: jax.Array, sign: int) -> jax.Array:
-    """Row j of [8, c] shifted by j lanes to the right, or to the left."""
+    """Shifts row j of [8, c] by j lanes, to the right for sign 1, to the left for sign -1."""
     row = jax.lax.broadcasted_iota(jnp.int32, block.shape, 0)
     for shift in (1, 2, 4):
         block = jnp.where((row & shift) != 0, pltpu.roll(block, sign * shift % CHUNK, 1), block)
@@ -135,17 +134,17 @@ def _shear(block: jax.Array, sign: int) -> jax.Array:
 
 
 def _channel_rows(pair: jax.Array) -> jax.Array:
-    """[1, W] to [2, W]: a row for each channel, zero in the lanes of the other."""
+    """[1, W] to [2, W]: one row per channel, zero in the lanes of the other channel."""
     row = jax.lax.broadcasted_iota(jnp.int32, (2, pair.shape[1]), 0)
     _, is_first = lane_masks(row.shape)
     return jnp.where(row == jnp.where(is_first, 0, 1), pair, 0.0)
 
 
 def _ring(first_tap: jax.Array, gain: jax.Array, P: jax.Array, is_reverse: jax.Array) -> jax.Array:
-    """The taps of two channels [2, c], so that T[j, i] = ring[i - j mod c] where it is not zero.
+    """The taps of two channels [2, c], ordered so that T[j, i] = ring[i - j mod c] where T is nonzero.
 
-    Forward, the product of g and P is K[1], .., K[c], and the ring K[0], .., K[c-1]; backward it is K[c], .., K[1],
-    and the ring K[0], K[c-1], .., K[1].
+    Forward, the product of g and P is K[1], .., K[c], and the ring is K[0], .., K[c-1]. Backward, the product is K[c],
+    .., K[1], and the ring is K[0], K[c-1], .., K[1].
     """
     taps = dot(_channel_rows(gain), P, (1, 1))
     lane = jax.lax.broadcasted_iota(jnp.int32, taps.shape, 1)
@@ -153,7 +152,7 @@ def _ring(first_tap: jax.Array, gain: jax.Array, P: jax.Array, is_reverse: jax.A
 
 
 def _ring_transposed(d_ring, gain, P, is_reverse) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of the first taps [2, c], of g [1, W] and of P [c, W] from that of the ring."""
+    """The gradients of the first taps [2, c], g [1, W] and P [c, W] from the gradient of the ring."""
     is_tap_0 = jax.lax.broadcasted_iota(jnp.int32, d_ring.shape, 1) == 0
     d_taps = jnp.where(is_tap_0, 0.0, d_ring)
     d_taps = jnp.where(is_reverse, d_taps, pltpu.roll(d_taps, CHUNK - 1, 1))
@@ -163,7 +162,7 @@ def _ring_transposed(d_ring, gain, P, is_reverse) -> tuple[jax.Array, jax.Array,
 
 
 def _toeplitz(ring: jax.Array, mask: jax.Array) -> jax.Array:
-    """T[j, i] = ring[i - j mod c] where the mask holds: [c, c] from [1, c]."""
+    """T[j, i] = ring[i - j mod c] where the mask is true: [c, c] from [1, c]."""
     block = _shear(jnp.broadcast_to(ring, (SUBLANES, CHUNK)), 1)
     rows = [block] + [pltpu.roll(block, j, 1) for j in range(SUBLANES, CHUNK, SUBLANES)]
     return jnp.where(mask, jnp.concatenate(rows, 0), 0.0)
@@ -179,11 +178,11 @@ def _toeplitz_transposed(d_toeplitz: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 class _Order(NamedTuple):
-    """Where the rows of a block stand in the order of a direction."""
+    """The place of each row of a block in the order of a direction."""
 
     is_reverse: jax.Array
-    in_sequence: jax.Array  # [rows, W]: how many chunks of the sequence come before
-    in_block: jax.Array  # [rows, W]: how many chunks of the block come before
+    in_sequence: jax.Array  # [rows, W]: number of chunks before it in the sequence
+    in_block: jax.Array  # [rows, W]: number of chunks before it in the block
 
 
 def _order(g: Geometry, block: jax.Array, is_reverse: jax.Array, lanes: int) -> tuple[_Order, _Order]:
@@ -199,14 +198,13 @@ def _order(g: Geometry, block: jax.Array, is_reverse: jax.Array, lanes: int) -> 
 
 
 def _scan(written, carry, steps, order: _Order, g: Geometry):
-    """The states on entering the chunks of a block, [rows, W], and [stride, W] on leaving the block's last ones.
+    """The states at the start of each chunk of a block, [rows, W], and at the end of its last chunks, [stride, W].
 
     Args:
-      written: [rows, W], what each chunk adds to the state.
-      carry: [stride, W], the states on entering the block's first chunks.
+      written: [rows, W], the contribution of each chunk to the state.
+      carry: [stride, W], the states at the start of the block's first chunks.
       steps: the `_factors` of A**(1, 2, 4, ..).
-      order: which chunk follows which.
-      g: the geometry.
+      order: the order of the chunks.
     """
     same, cross = steps
     per_block = g.rows // g.stride
@@ -236,13 +234,13 @@ def _power_tables(powers: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Ar
         return jnp.concatenate([low * same[m : m + 1] + swapped * cross[m : m + 1] for m in order], 0)
 
     V = table(powers[:SUBLANES], cross, range(num_high))
-    # V and P run through the powers oppositely, and P is conjugate.
+    # V and P have the powers in opposite orders, and P is conjugated.
     P = table(powers[SUBLANES : 2 * SUBLANES], -cross, range(num_high)[::-1])
     return V, P, (same[num_high:], cross[num_high:])
 
 
 def _phases(ref, *index) -> list:
-    """References to the phases [sequences, tokens] of a channel."""
+    """References to the M phases [sequences, tokens] of a channel."""
     return [ref.at[(m, *index)] for m in range(ref.shape[0])]
 
 
@@ -252,7 +250,7 @@ def _channels(ref, p, permutation: jax.Array, *index) -> list[jax.Array]:
 
 
 def forward_kernel(g: Geometry, u_ref, first_tap_ref, gain_ref, powers_ref, y_ref, carries_ref, carry_ref):
-    """y of a block, and the states on entering it, which the backward kernel starts from."""
+    """Computes y of a block, and saves the states at its start for the backward kernel."""
     direction, i = pl.program_id(1), pl.program_id(2)
     is_reverse, lanes, dtype = runs_backwards(g.reverse, direction), powers_ref.shape[-1], u_ref.dtype
     order, _ = _order(g, g.block(direction, i, is_adjoint=False), is_reverse, lanes)
@@ -298,7 +296,7 @@ def backward_kernel(
     d_log_ref,
     carry_ref,
 ):
-    """The direction's part of du, and sums over all blocks for the gradients of the tables."""
+    """Computes a direction's part of du, and accumulates the tables' gradients over all blocks."""
     direction, i = pl.program_id(1), pl.program_id(2)
     is_reverse, lanes, dtype = runs_backwards(g.reverse, direction), powers_ref.shape[-1], u_ref.dtype
     order, opposite = _order(g, g.block(direction, i, is_adjoint=True), is_reverse, lanes)

@@ -1,4 +1,4 @@
-"""The parameters of a diagonal SSM: real numbers that an optimiser sees, complex ones that the maths uses."""
+"""The parameters of a diagonal SSM: real for the optimiser, complex for the maths."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ INITIALIZATIONS = {"legs": s4d_legs, "lin": s4d_lin, "inv": s4d_inv}
 
 
 class SSMParams(NamedTuple):
-    """D independent diagonal SSMs, one a channel.
+    """D independent diagonal SSMs, one per channel.
 
     Attributes:
       Lambda: [D, N/2] complex64, with negative real part.
@@ -38,25 +38,17 @@ def init_s4d(
     dt_min: float = 1e-3,
     dt_max: float = 1e-1,
 ) -> dict[str, jax.Array]:
-    """The initial real parameters of `width` S4D channels (S4D, arXiv 2206.11893, section 4.4).
+    """Initialises the real parameters of `width` S4D channels (S4D, arXiv 2206.11893, section 4.4).
 
-    Lambda and B by the named scheme, the same in all channels; C complex normal of variance 1; dt log-uniform; D
-    normal.
-
-    Args:
-      key: a PRNG key.
-      width: D.
-      state_size: N, even.
-      initialization: "legs", "lin" or "inv".
-      dt_min: the smallest step.
-      dt_max: the largest step.
+    Lambda and B follow `initialization` ("legs", "lin" or "inv") and are the same in all channels. C is complex normal
+    with variance 1, dt log-uniform in [dt_min, dt_max], D normal.
 
     Returns:
-      float32: log_neg_re and im [D, N/2], so that Lambda = -exp(log_neg_re) + i im; B and C [D, N/2, 2], real and
+      float32: log_neg_re and im [D, N/2], where Lambda = -exp(log_neg_re) + i im; B and C [D, N/2, 2], real and
       imaginary part; log_dt and D [D].
 
     Raises:
-      ValueError: the scheme is unknown, or the state size odd.
+      ValueError: the initialization is unknown, or the state size is odd.
     """
     if initialization not in INITIALIZATIONS:
         raise ValueError(f"unknown initialization {initialization!r}; choose one of {', '.join(INITIALIZATIONS)}")
@@ -78,7 +70,7 @@ def init_s4d(
 
 
 def to_complex(real: dict[str, jax.Array]) -> SSMParams:
-    """The `SSMParams` that the real parameters of `init_s4d` stand for."""
+    """Converts the real parameters of `init_s4d` to `SSMParams`."""
     return SSMParams(
         Lambda=jax.lax.complex(-jnp.exp(real["log_neg_re"]), real["im"]),
         B=jax.lax.complex(real["B"][..., 0], real["B"][..., 1]),

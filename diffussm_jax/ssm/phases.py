@@ -1,7 +1,7 @@
-"""The layout of a sequence in M phases: position l = j M + m at j of phase m.
+"""The layout of a sequence in M phases: position l = j M + m is at index j of phase m.
 
-An hourglass makes and takes M positions from each of J tokens by M products, a phase each. Kept apart, with channels
-before batch and tokens, they need no transposed copies between those products and a kernel that goes along the tokens.
+An hourglass maps each of J tokens to M positions and back by M products, one per phase. With separate phases, and
+channels before batch and tokens, no transposed copies are needed between these products and a kernel along the tokens.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def to_phases(x: jax.Array, num_phases: int) -> jax.Array:
-    """[B, L, .., D] to [M, .., D, B, J]; M divides L."""
+    """[B, L, .., D] to [M, .., D, B, J]. M must divide L."""
     B, L = x.shape[:2]
     x = x.reshape(B, L // num_phases, num_phases, *x.shape[2:])
     return x.transpose(2, *range(3, x.ndim), 0, 1)
@@ -35,5 +35,5 @@ def split_phases(x: jax.Array, num_phases: int) -> jax.Array:
 
 
 def through_one_phase(apply: Callable[[jax.Array], jax.Array], u: jax.Array) -> jax.Array:
-    """What `apply` gives for u, interleaved before it and taken apart again behind it."""
+    """Applies a function to u as a single phase: joins the phases before it and splits them after it."""
     return split_phases(apply(join_phases(u)), u.shape[0])

@@ -1,11 +1,11 @@
 """The SSM as a recurrence: x_k = Lambda_bar x_{k-1} + B_bar u_k,  y_k = 2 Re(C . x_k) + D u_k.
 
-`step` is one position, for streaming; `recurrent` a `lax.scan` of it over the sequence, the plain reference that every
-faster method is compared with; `associative` the same by a parallel prefix scan (S5, arXiv 2208.04933, section 2.2).
+`step` computes one position, for streaming. `recurrent` is a `lax.scan` of it, the reference for all faster methods.
+`associative` is a parallel prefix scan (S5, arXiv 2208.04933, section 2.2).
 
-A float32 recurrence that rounds Lambda_bar once and applies it L times is off by 4e-5 at L = 4096 (S4D-LegS). So `step`
-takes Lambda_bar in two parts (`split_transition`), and the error stays below 1e-6, as with `fft` and `chunked`, which
-take powers of Lambda_bar. That of `associative`, which multiplies within its chunks, is below 4e-6.
+A float32 recurrence that rounds Lambda_bar once and applies it L times has an error of 4e-5 at L = 4096 (S4D-LegS).
+`step` splits Lambda_bar into two parts (`split_transition`), which keeps the error below 1e-6. `fft` and `chunked`,
+which use powers of Lambda_bar, have the same error. `associative` multiplies within chunks: its error is below 4e-6.
 """
 
 import jax
@@ -28,9 +28,8 @@ def step(
     """Advances the SSM by one position.
 
     Args:
-      params: of D channels.
-      state: [B, D, N/2] complex64, from `initial_state` or the last step.
-      u_t: [B, D], the input at this position.
+      state: [B, D, N/2] complex64, from `initial_state` or the previous step.
+      u_t: [B, D].
       discretization: "zoh" or "bilinear".
 
     Returns:
@@ -48,7 +47,7 @@ def _read_out(params: SSMParams, x: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def recurrent(params: SSMParams, u: jax.Array, *, discretization: str, reverse: bool) -> jax.Array:
-    """The SSM over u [B, L, D] float32 position by position: y [B, L, D] float32."""
+    """Runs the SSM over u [B, L, D] float32 position by position: y [B, L, D] float32."""
 
     def body(state, u_t):
         return step(params, state, u_t, discretization=discretization)
@@ -58,11 +57,10 @@ def recurrent(params: SSMParams, u: jax.Array, *, discretization: str, reverse: 
 
 
 def associative(params: SSMParams, u: jax.Array, *, discretization: str, reverse: bool) -> jax.Array:
-    """The SSM over u [B, L, D] float32 by `lax.associative_scan`: y [B, L, D] float32.
+    """Runs the SSM over u [B, L, D] float32 by `lax.associative_scan`: y [B, L, D] float32.
 
-    The prefix scan runs inside chunks of the sequence, each from a zero state, and a `lax.scan` carries the state
-    from one chunk to the next. The states of a chunk are computed anew for the gradient, so that memory holds one
-    chunk of [B, D, N/2] states and not L of them.
+    The prefix scan runs inside chunks, each from a zero state. A `lax.scan` carries the state from chunk to chunk. The
+    backward pass recomputes the states of a chunk, so that memory holds one chunk of [B, D, N/2] states instead of L.
     """
     B, L, D = u.shape
     chunk = min(L, ASSOCIATIVE_CHUNK)

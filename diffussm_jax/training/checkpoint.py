@@ -1,9 +1,9 @@
-"""Checkpoints of a run, through Orbax: saved in the background, with checksums, and kept by a policy.
+"""Checkpoints of a run with Orbax: saved asynchronously, with checksums and a retention policy.
 
-A checkpoint has three items: "ema", the averaged parameters, so that sampling reads a part of it only; "train", the
-rest of the state; and "about", the config and the versions of libraries as JSON. Before Orbax gives it its final name,
-the SHA-256 of every file is written beside them: a checkpoint is whole or has no name, and one that was damaged later
-is found out, set aside and reported, and the one before it used.
+A checkpoint has three items: "ema", the averaged parameters, which sampling reads alone; "train", the rest of the
+state; and "about", the config and the library versions as JSON. The SHA-256 of every file is written before Orbax
+renames the checkpoint to its final name, so that a named checkpoint is complete. If a checkpoint is corrupt, it is
+quarantined and reported, and the previous one is used.
 """
 
 import importlib.metadata
@@ -26,24 +26,24 @@ NUM_NEWEST = 2
 DIRECTORY = "checkpoints"
 CHECKSUMS = "checksums.json"
 _ABOUT = "about"
-# Orbax writes these after the checksums, when it gives a checkpoint its name; nothing is read from them.
+# Orbax writes these after the checksums, when it renames a checkpoint. They are not read.
 _WITHOUT_CHECKSUM = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _PACKAGES = ("diffussm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-# Parts of old checkpoints that are not read any more. Up to format 1 the sums of metrics were state.
+# Parts of old checkpoints that are ignored. Up to format 1 the sums of metrics were in the state.
 _RETIRED = ("window/",)
 
 
 class Best(NamedTuple):
-    """The metric by which the best checkpoint is kept, and whether "min" or "max" is best.
+    """The metric that selects the best checkpoint, and whether "min" or "max" is best.
 
-    A checkpoint saved without that metric counts as worst.
+    A checkpoint without that metric is the worst.
     """
 
     metric: str = "eval_loss"
     mode: str = "min"
 
     def score(self, metrics: Mapping[str, float] | None) -> float:
-        """What is to be maximised."""
+        """The score to maximise."""
         value = (metrics or {}).get(self.metric)
         if value is None or not math.isfinite(value):
             return -math.inf
@@ -57,11 +57,11 @@ class Store:
     """Pytrees of arrays on disk, by step and item, with checksums.
 
     Args:
-      directory: where they lie, each step in a folder of its own.
+      directory: has one folder per step.
       items: names of the pytrees of a step.
       policy: which steps are kept; all if None.
       best: the metric of `best_step`.
-      is_read_only: whether the folder is only read; else what a killed run left half saved is removed.
+      is_read_only: if False, incomplete saves of a killed run are deleted.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Store:
             cleanup_tmp_directories=not is_read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        # Named, so that the shapes in a checkpoint can be read before the arrays are.
+        # With named handlers, the shapes in a checkpoint can be read without its arrays.
         handlers = {item: ocp.PyTreeCheckpointHandler() for item in items} | {_ABOUT: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
         self._being_saved: int | None = None
@@ -96,7 +96,7 @@ class Store:
         return self._manager.best_step()
 
     def save(self, step: int, items: dict, *, about: dict | None = None, metrics: dict | None = None) -> None:
-        """Starts to save; what is passed is copied first, and may be donated when this returns."""
+        """Starts an asynchronous save. The arguments are copied first, and may be donated after the return."""
         self._manager.wait_until_finished()
         self._being_saved = step
         arguments = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
@@ -104,18 +104,18 @@ class Store:
         self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics, force=True)
 
     def _write_checksums(self) -> None:
-        """Called by Orbax, in its thread, when all files of a step are written and before they get their final name."""
+        """Called by Orbax, in its thread, after it has written all files of a step and before it renames them."""
         if jax.process_index():
             return
         prefix = f"{self._being_saved}.orbax-checkpoint-tmp"
         unfinished = [path for path in self.directory.iterdir() if path.name.startswith(prefix)]
-        # In buckets, where nothing can be renamed, the folder has its name from the start.
+        # Buckets cannot rename: there the folder has its final name from the start.
         folder = unfinished[0] if unfinished else self.directory / str(self._being_saved)
         sums = {name: file_sha256(folder / name) for name in files_below(folder) if name not in _WITHOUT_CHECKSUM}
         (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
-    def damage(self, step: int, items: tuple[str, ...] | None = None) -> list[str]:
-        """What is wrong with the files of a step (or of some of its items), a line for each; empty if all is well."""
+    def find_corruption(self, step: int, items: tuple[str, ...] | None = None) -> list[str]:
+        """Lists the corrupt files of a step (or of some of its items), one line each; empty if all are valid."""
         folder = self.directory / str(step)
         try:
             sums = json.loads((folder / CHECKSUMS).read_text())
@@ -130,28 +130,31 @@ class Store:
                 wrong.append(f"{name}: SHA-256 is {found}, was {expected}")
         return wrong
 
-    def set_aside(self, step: int) -> epath.Path:
-        """Moves a step's folder out of the way, and returns where to; nothing of it is lost."""
+    def quarantine(self, step: int) -> epath.Path:
+        """Moves the folder of a step to "DIRECTORY_damaged" without deleting anything. Returns its new path."""
         folder, aside = self.directory / str(step), self.directory.parent / f"{self.directory.name}_damaged"
         names = itertools.chain([str(step)], (f"{step}.{number}" for number in itertools.count(1)))
         target = next(aside / name for name in names if not (aside / name).exists())
         if not is_bucket(folder):
             aside.mkdir(exist_ok=True)
             return folder.rename(target)
-        for name in files_below(folder):  # buckets have no folders that could be renamed
+        for name in files_below(folder):  # buckets cannot rename folders
             (folder / name).copy(target / name)
         folder.rmtree()
         return target
 
     def reload(self) -> None:
-        """Looks again which steps there are."""
+        """Lists the steps on disk again."""
         self._manager.reload()
 
     def restore(self, step: int, like: dict) -> dict:
-        """The items of a step that `like` names, each laid out as it is there (arrays or ShapeDtypeStructs).
+        """Restores the items of a step that are in `like`, with its shapes and shardings.
+
+        Args:
+          like: trees of arrays or ShapeDtypeStructs, by item.
 
         Raises:
-          ValueError: they are of another model; the message lists what differs.
+          ValueError: the checkpoint is of another model. The message lists the differences.
         """
         self._manager.wait_until_finished()
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -168,7 +171,7 @@ class Store:
             arguments[item] = ocp.args.PyTreeRestore(
                 tree,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-                partial_restore=bool(retired),  # Orbax would skip missing parts too: hence the check before
+                partial_restore=bool(retired),  # Orbax would skip missing parts too, so they are checked above
             )
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         return {item: restored[item] for item in like}
@@ -189,24 +192,24 @@ class Store:
         return {name: float(value) for name, value in restored.items()}
 
     def about(self, step: int) -> dict:
-        """What was written about a step."""
+        """The JSON data saved with a step."""
         return self._manager.restore(step, args=ocp.args.Composite(**{_ABOUT: ocp.args.JsonRestore()}))[_ABOUT]
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits for pending writes."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 class Checkpointer:
-    """The checkpoints of a work directory: the newest two, the best, and those of multiples of `keep_every`.
+    """The checkpoints of a work directory: the newest two, the best, and multiples of `keep_every`.
 
     Args:
-      workdir: of the run; they lie in its folder "checkpoints".
-      config: the run's, as plain values, to be kept in each.
-      keep_every: checkpoints of its multiples are kept for good; 0: none.
-      best: which is the best; by default the lowest loss on held-out data.
-      is_read_only: whether the folder is only read, as sampling does.
+      workdir: of the run; checkpoints are in its folder "checkpoints".
+      config: of the run, as plain values; saved with each checkpoint.
+      keep_every: multiples of it are kept forever; 0 for none.
+      best: selects the best; the lowest loss on held-out data by default.
+      is_read_only: for sampling, see `Store`.
     """
 
     def __init__(
@@ -232,25 +235,23 @@ class Checkpointer:
         )
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, ascending."""
+        """All steps, ascending."""
         return self._store.steps()
 
-    def newest_sound_step(self) -> int | None:
-        """The newest checkpoint whose files are what was saved, or None. Newer ones are set aside, and reported.
+    def latest_valid_step(self) -> int | None:
+        """The step of the latest checkpoint with valid checksums, or None. Corrupt ones are quarantined and reported.
 
-        On several hosts the first one looks, and all use what it found.
+        With several hosts, the first host checks and broadcasts the step.
         """
         found = -1
         if jax.process_index() == 0:
             for step in reversed(self._store.steps()):
-                wrong = self._store.damage(step)
+                wrong = self._store.find_corruption(step)
                 if not wrong:
                     found = step
                     break
-                aside = self._store.set_aside(step)
-                report = (
-                    f"The checkpoint of step {step} is damaged, and was moved to {aside}; the one before it is used."
-                )
+                aside = self._store.quarantine(step)
+                report = f"The checkpoint of step {step} is damaged and was moved to {aside}; the previous one is used."
                 print("\n  ".join([report, *wrong]), flush=True)
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
@@ -258,11 +259,11 @@ class Checkpointer:
         return None if found == -1 else found
 
     def resolve(self, which: str) -> int:
-        """The step that "latest", "best" or a number names; damaged ones are passed over by "latest", and reported.
+        """Converts "latest", "best" or a number to a step. "latest" skips corrupt checkpoints and reports them.
 
         Raises:
-          FileNotFoundError: there is no checkpoint at all.
-          ValueError: none has that name, or it is damaged.
+          FileNotFoundError: there are no checkpoints.
+          ValueError: there is no such checkpoint, or it is corrupt.
         """
         steps = self._store.steps()
         if not steps:
@@ -278,7 +279,7 @@ class Checkpointer:
             raise ValueError(f"no checkpoint {which!r} in {self.directory}; choose latest, best or one of {steps}")
         reports = []
         for step in candidates:
-            wrong = self._store.damage(step, ("ema",))
+            wrong = self._store.find_corruption(step, ("ema",))
             if not wrong:
                 return step
             reports.append(f"the checkpoint {self.directory / str(step)} is damaged: " + "; ".join(wrong))
@@ -288,11 +289,11 @@ class Checkpointer:
     def save(
         self, state: Any, ema_params: Any, *, metrics: dict[str, float] | None = None, window: dict | None = None
     ) -> None:
-        """Starts to save the state under its step; it is copied first, and may be donated when this returns.
+        """Starts an asynchronous save of the state. It is copied first, and may be donated after the return.
 
         Args:
           state: of the task, with a field `step`.
-          ema_params: the parameters to evaluate and sample from; saved once, if they are the state's `ema_params`.
+          ema_params: the parameters for evaluation and sampling. The state's own `ema_params` are not saved again.
           metrics: of this step, for `best`.
           window: `Window.to_json()`, the metrics since the last row.
         """
@@ -308,10 +309,10 @@ class Checkpointer:
         )
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state saved at `step`, laid out as `like` (arrays, or ShapeDtypeStructs with shardings).
+        """Restores the state of a step, with the shapes and shardings of `like` (arrays or ShapeDtypeStructs).
 
         Raises:
-          ValueError: the checkpoint is of another model; the message lists what differs.
+          ValueError: the checkpoint is of another model. The message lists the differences.
         """
         has_ema = "ema_params" in like.__dataclass_fields__
         restored = self._store.restore(
@@ -320,7 +321,7 @@ class Checkpointer:
         return type(like)(**restored["train"], **({"ema_params": restored["ema"]} if has_ema else {}))
 
     def restore_ema(self, step: int, like) -> dict:
-        """The averaged parameters saved at `step`, laid out as `like`; ValueError as `restore`."""
+        """Restores the averaged parameters of a step; see `restore`."""
         return self._store.restore(step, {"ema": like})["ema"]
 
     def about(self, step: int) -> dict:
@@ -333,7 +334,7 @@ class Checkpointer:
         return about
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits for pending writes."""
         self._store.close()
 
 

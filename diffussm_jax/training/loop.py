@@ -105,7 +105,7 @@ def train(
 
 def _start(e: Experiment, checkpointer: Checkpointer) -> tuple[Any, int, Window]:
     """The state to start from, its step, and the metrics since the last row."""
-    step = checkpointer.newest_sound_step()
+    step = checkpointer.latest_valid_step()
     if step is None:
         return e.task.create_state(), 0, Window()
     path, about = checkpointer.directory / str(step), checkpointer.about(step)

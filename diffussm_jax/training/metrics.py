@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.csv and TensorBoard event files in the work directory."""
+"""Logging of metrics: metrics.csv and TensorBoard event files in the work directory."""
 
 import csv
 import hashlib
@@ -18,20 +18,19 @@ CSV_NAME = "metrics.csv"
 
 
 class MetricsLog:
-    """metrics.csv, a row for each step logged; TensorBoard events; and, if asked for, Weights & Biases.
+    """Writes metrics.csv (one row per logged step), TensorBoard events, and optionally Weights & Biases.
 
-    metrics.csv is written anew as a whole each time and put in place by renaming, so that it is never half there and
-    needs no appending (which bucket storage does not have). After a resume each step stands there once. Event files
-    for a bucket are written to a local folder and copied at each step logged. Only the first process writes.
+    metrics.csv is rewritten and renamed at each logged step. So it is always complete, and works in buckets, which
+    cannot append. After a resume each step has one row. Event files for a bucket are written to a local folder and
+    copied at each logged step. Only the first process writes.
 
     Args:
-      workdir: of the run.
-      resumed_step: rows after this step are dropped; they will be made again.
-      wandb_project: a project of Weights & Biases (extra "wandb"); its run goes on when this one resumes.
-      config: the run's, for Weights & Biases.
+      resumed_step: rows after this step are dropped, because the run will log them again.
+      wandb_project: a project of Weights & Biases (extra "wandb"). Its run resumes with this one.
+      config: of the run, for Weights & Biases.
 
     Raises:
-      ValueError: wandb is asked for and not installed.
+      ValueError: `wandb_project` is given and wandb is not installed.
     """
 
     def __init__(
@@ -60,11 +59,11 @@ class MetricsLog:
         self._events = SummaryWriter(folder, purge_step=resumed_step + 1, filename_suffix=f".{resumed_step}")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds metrics to the row of a step, and to TensorBoard."""
+        """Adds metrics to the row of a step, to TensorBoard, and to Weights & Biases."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if not self._is_writer:
             return
-        # repr of a float32 value keeps every bit, so that two runs can be compared.
+        # repr keeps every bit of a float32 value, so that runs can be compared exactly.
         self._rows.setdefault(step, {"step": step}).update({k: repr(v) for k, v in metrics.items()})
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
@@ -89,12 +88,12 @@ class MetricsLog:
         write_whole(self._path, text.getvalue())
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Shows [H, W, C] uint8 in TensorBoard."""
+        """Adds an image [H, W, C] uint8 to TensorBoard."""
         if self._is_writer:
             self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes and closes the files."""
         if not self._is_writer:
             return
         self._events.close()
@@ -110,5 +109,5 @@ def _start_wandb(workdir: epath.Path, project: str, config: dict | None):
         import wandb
     except ImportError as error:
         raise ValueError("--wandb_project needs Weights & Biases: pip install -e '.[wandb]'") from error
-    run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]  # the same when the run resumes
+    run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]  # stable across resumes
     return wandb.init(project=project, name=workdir.name, id=run_id, resume="allow", config=config)

@@ -1,10 +1,10 @@
-"""Post-hoc EMA (Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", EDM2,
-arXiv 2312.02696, section 3): the length of the parameters' average is chosen after training.
+"""Post-hoc EMA: choose the EMA length of the parameters after training.
 
-A power-function average weighs the parameters of time tau in [0, t] by p(tau) = (gamma + 1) tau**gamma / t**(gamma+1).
-Its length is told by sigma_rel, the standard deviation of p relative to t. Training keeps two of them and stores both
-at intervals. Any other profile is then the combination of the stored ones whose weights are nearest to it in the sense
-of least squares.
+Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), arXiv 2312.02696, section 3.
+
+A power-function EMA weights the parameters of time tau in [0, t] by p(tau) = (gamma + 1) tau**gamma / t**(gamma+1). Its
+length is sigma_rel, the standard deviation of p relative to t. Training keeps two of them and stores snapshots at
+intervals. Any other profile is approximated by the least-squares combination of the snapshots.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from etils import epath
 
 from diffussm_jax.training.checkpoint import Store
 
-SIGMAS = ("0.05", "0.10")  # sigma_rel of the two averages that are kept
+SIGMAS = ("0.05", "0.10")  # sigma_rel of the two averages that training keeps
 DIRECTORY = "ema_snapshots"
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent gamma whose profile has that relative standard deviation (EDM2, algorithm 2).
+    """The exponent gamma of the profile with this relative standard deviation (EDM2, algorithm 2).
 
     sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 (gamma + 3)).
 
     Raises:
-      ValueError: sigma_rel is not in (0, 0.288], where the widest profile is the plain mean, gamma = 0.
+      ValueError: sigma_rel is not in (0, 0.288]. The widest profile is the plain mean, gamma = 0.
     """
     if not 0 < sigma_rel <= 12**-0.5:
         widest = f"{12**-0.5:.4f} (the mean of all steps)"
@@ -36,25 +36,23 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def power_ema_update(ema, params, step: jax.Array, *, sigma_rel: float):
-    """The power-function average after step number `step` (from 1): ema <- beta ema + (1 - beta) params.
+    """Updates the power-function average at step number `step` (from 1): ema <- beta ema + (1 - beta) params.
 
-    beta = (1 - 1 / step)**(gamma + 1): then the average's weights are exactly the profile's integrals over each step.
+    With beta = (1 - 1 / step)**(gamma + 1) the weights are exactly the profile's integrals over each step.
     """
     beta = jnp.exp((gamma_of(sigma_rel) + 1) * jnp.log1p(-1 / step.astype(jnp.float32)))
     return jax.tree.map(lambda e, p: beta * e + (1 - beta) * p, ema, params)
 
 
 def coefficients(snapshots: Sequence[tuple[float, float]], target: tuple[float, float]) -> np.ndarray:
-    """What to multiply stored averages with to come nearest to another (EDM2, algorithm 3).
+    """The least-squares weights of the snapshots for a target profile (EDM2, algorithm 3): [snapshots] float64.
 
-    Their sum is held at 1 (ours): with few snapshots it would be off by some thousandths, and the parameters with it.
+    Their sum is constrained to 1 (ours). With few snapshots it would be off by some thousandths, which would scale the
+    parameters.
 
     Args:
-      snapshots: (step, sigma_rel) of each stored average.
-      target: (step, sigma_rel) of the one that is wanted.
-
-    Returns:
-      [number of snapshots] float64.
+      snapshots: (step, sigma_rel) of each snapshot.
+      target: (step, sigma_rel) of the target.
     """
 
     def inner_products(a, b):  # of two profiles: the integral of their product over the shorter time
@@ -64,7 +62,7 @@ def coefficients(snapshots: Sequence[tuple[float, float]], target: tuple[float, 
         g_a, g_b = gamma_of(sigma_a), gamma_of(sigma_b)
         return (g_a + 1) * (g_b + 1) / (g_a + g_b + 1) * (t_a / t_b) ** g_b / t_b
 
-    # In units of the target's time, where all products are of about 1; the last row and column are the condition's.
+    # In units of the target's time all products are about 1. The last row and column are the constraint.
     units = [(t / target[0], sigma) for t, sigma in snapshots]
     left, right = np.ones((len(units) + 1, len(units) + 1)), np.ones(len(units) + 1)
     left[:-1, :-1] = [[inner_products(a, b) for b in units] for a in units]
@@ -74,31 +72,26 @@ def coefficients(snapshots: Sequence[tuple[float, float]], target: tuple[float, 
 
 
 class Snapshots:
-    """The power-function averages stored in a work directory, apart from the checkpoints and never deleted.
-
-    Args:
-      workdir: of the run.
-      is_read_only: whether they are only read.
-    """
+    """The power-function averages in a work directory, stored apart from the checkpoints and never deleted."""
 
     def __init__(self, workdir: epath.PathLike, *, is_read_only: bool = False):
         self._store = Store(epath.Path(workdir).absolute() / DIRECTORY, SIGMAS, is_read_only=is_read_only)
 
     def save(self, step: int, power_ema: dict) -> None:
-        """Starts to store the averages of a step, if they are not stored yet (a run that resumed comes by again)."""
+        """Starts to save the averages of a step, unless they exist (a resumed run repeats steps)."""
         if step not in self._store.steps():
             self._store.save(step, power_ema)
 
     def reconstruct(self, sigma_rel: float, like, *, step: int | None = None):
-        """The average of another length.
+        """Reconstructs the average of another length.
 
         Args:
-          sigma_rel: its relative standard deviation; 0.01 to 0.25 is what makes sense, the stored ones lie within.
+          sigma_rel: its relative standard deviation; 0.01 to 0.25 is useful.
           like: the parameters' shapes, as ShapeDtypeStructs with shardings.
-          step: that it ends at, one of the stored; the last if None.
+          step: a stored step, at which the average ends; the last if None.
 
         Returns:
-          The parameters, float32, laid out as `like`.
+          The parameters, float32, sharded as `like`.
 
         Raises:
           FileNotFoundError: nothing is stored.
@@ -122,5 +115,5 @@ class Snapshots:
         return total
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits for pending writes."""
         self._store.close()

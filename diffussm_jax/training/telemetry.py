@@ -1,4 +1,4 @@
-"""How fast a run is: the clock, the metrics of speed, and the trace for XProf."""
+"""Speed of a run: the clock, speed metrics, and profiling for XProf."""
 
 import contextlib
 import resource
@@ -18,7 +18,7 @@ from diffussm_jax.parallel.topology import peak_flops
 
 
 class Lap(NamedTuple):
-    """What the clock counted: seconds in training steps, those of them spent waiting for data, and the steps."""
+    """A time span: seconds in training steps, seconds of these spent waiting for data, and the number of steps."""
 
     seconds: float
     waited: float
@@ -26,7 +26,7 @@ class Lap(NamedTuple):
 
 
 class Clock:
-    """Counts the time of training steps, without evaluation, sampling, saving, and the first step, which compiles."""
+    """Measures training steps, without evaluation, sampling, saving, and the first step, which compiles."""
 
     def __init__(self):
         self._is_compiled = False
@@ -36,7 +36,7 @@ class Clock:
         self._seconds, self._waited, self._num_steps, self._started = 0.0, 0.0, 0, time.perf_counter()
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each is there counts as waiting for data."""
+        """Yields the same batches, and counts the time until each arrives as waiting for data."""
         while True:
             started = time.perf_counter()
             batch = next(batches)
@@ -44,7 +44,7 @@ class Clock:
             yield batch
 
     def step_made(self, state) -> None:
-        """Counts a step. After the first step of a process the clock starts anew, once the step is done."""
+        """Counts a step. The first step of a process is awaited, and restarts the clock."""
         if self._is_compiled:
             self._num_steps += 1
             return
@@ -54,7 +54,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self, state):
-        """Time inside does not count; waits for the state first."""
+        """Waits for the state, then excludes the time inside the context."""
         jax.block_until_ready(state)
         self._seconds += time.perf_counter() - self._started
         yield
@@ -70,14 +70,14 @@ class Clock:
 def mfu(images_per_second: float, multiply_adds: int, num_devices: int) -> float | None:
     """Model FLOPs utilisation: 3 * 2 * multiply-adds of the forward's linear layers * images/s / peak; SSM excluded.
 
-    The peak is that of `num_devices` devices in dense bfloat16; None where it is not known, as for CPUs.
+    The peak is dense bfloat16 of `num_devices` devices. Returns None if it is unknown, as for CPUs.
     """
     peak = peak_flops(jax.devices()[0].device_kind)
     return 6 * multiply_adds * images_per_second / (peak * num_devices) if peak else None
 
 
 def peak_memory_gb() -> float:
-    """The most memory that was in use so far, in 1e9 bytes: of the first local device, or of this process on a CPU."""
+    """Peak memory in 1e9 bytes: of the first local device, or of this process on a CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
@@ -86,9 +86,9 @@ def peak_memory_gb() -> float:
 
 
 def speed_metrics(lap: Lap, *, batch_size: int, multiply_adds: int, num_devices: int) -> dict[str, float]:
-    """ "images_per_second", "step_ms", of which "compute_ms", the share "data_wait", "peak_memory_gb", and "mfu".
+    """ "images_per_second", "step_ms", of which "compute_ms", the fraction "data_wait", "peak_memory_gb", and "mfu".
 
-    Without a timed step the memory alone, and "mfu" only where the peak of the device is known.
+    Without a timed step only the memory. "mfu" only if the peak of the device is known.
     """
     metrics = {"peak_memory_gb": peak_memory_gb()}
     if not lap.num_steps:
@@ -105,18 +105,17 @@ def speed_metrics(lap: Lap, *, batch_size: int, multiply_adds: int, num_devices:
 
 
 class Profile:
-    """A trace of some steps for XProf, in the folder "profile" of a work directory.
+    """Traces some steps for XProf, to the folder "profile" of a work directory.
 
     Args:
-      workdir: of the run.
-      steps: (first, last), or None for no trace; a run that resumes after the first traces nothing.
+      steps: (first, last), or None for no trace. A run that resumes after the first traces nothing.
     """
 
     def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
         self._target, self._steps, self._folder = workdir / "profile", steps, None
 
     def before(self, step: int, state) -> None:
-        """Starts or ends the trace, if it is time; `step` is the number of steps made."""
+        """Starts or stops the trace if `step`, the number of completed steps, is its first or last."""
         if self._steps is None or step not in self._steps:
             return
         jax.block_until_ready(state)
@@ -127,7 +126,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that has begun, and puts it in its place."""
+        """Stops a running trace, and moves it to the work directory."""
         if self._folder is None:
             return
         jax.profiler.stop_trace()

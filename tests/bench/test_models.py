@@ -28,7 +28,7 @@ def test_the_share_of_the_ssm_follows_depth_and_recomputation(monkeypatch):
     config.model.remat = "block"
     config.optimizer.accumulation_steps = 4
     assert step.ssm_seconds(config, mesh) == 2 * 2 * 4
-    config.model.bidirectional = False
+    config.model.mixer.bidirectional = False
     assert step.ssm_seconds(config, mesh) is None
 
 
@@ -40,12 +40,14 @@ def test_a_block_with_its_ssm_and_without():
 
 
 def test_without_means_that_no_ssm_is_computed():
+    import functools
+
     import jax
     import jax.numpy as jnp
 
-    from diffussm_jax.models.diffussm import Block
+    from diffussm_jax.models.diffussm import S4D, Block
 
-    module = Block(2, {"state_size": 4, "method": "fft"}, jnp.float32)
+    module = Block(2, functools.partial(S4D, state_size=4, method="fft"), (2, 4), jnp.float32)
     x, c = jnp.ones((1, 4, 8)), jnp.ones((1, 8))
     params = module.init(jax.random.key(0), x, c)["params"]
     text = {}
@@ -99,6 +101,9 @@ def test_configs_of_sizes_and_files():
     assert {(c.model.depth, c.batch_size) for c in found} == {(2, 4)}
     (digits,) = bench_configs(["XL"], [256], file="configs/digits.py", changes=parse_changes(["model.remat=dots"]))
     assert (digits.data.source, digits.model.remat) == ("digits", "dots")
+    changes = parse_changes(["model.ssm_method=fft", "sampling.sampler=ddpm"])  # an old name, and a component
+    (digits,) = bench_configs([], [], file="configs/digits.py", changes=changes)
+    assert (digits.model.mixer.method, digits.sampling.sampler, "eta" in digits.sampling) == ("fft", "ddpm", False)
     with pytest.raises(ValueError, match="got 'M'"):
         list(bench_configs(["M"], [256]))
     with pytest.raises(ValueError, match="model.deph"):
@@ -116,3 +121,35 @@ def test_the_command_measures_a_file_of_configs(tmp_path):
     with open(tmp_path / "sample.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["num_steps"] == "2" and float(row["images_per_second"]) > 0
+
+
+def test_without_a_mixer_that_goes_along_positions():
+    """It has no method for phases; each of its outputs becomes its input too."""
+    import functools
+
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from diffussm_jax.models.diffussm import Block
+    from diffussm_jax.models.mixers import mix_phases
+
+    class Sine(nn.Module):
+        bidirectional: bool = False
+
+        def __call__(self, u, grid=None):
+            return jnp.sin(u)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, u):
+            return mix_phases(Sine(name="ssm"), u, (2, 4))
+
+    u = jax.random.normal(jax.random.key(0), (2, 3, 1, 4))  # [M, D, B, J]
+    with nn.intercept_methods(block._without_ssm):
+        assert (Outer().apply({}, u)[:, 0] == u).all()
+    module = Block(2, functools.partial(Sine), (2, 4), jnp.float32)
+    x, c = jnp.ones((1, 4, 8)), jnp.ones((1, 8))
+    forward_pass, _ = block._functions(module, has_ssm=False)
+    params = jax.eval_shape(module.init, jax.random.key(0), x, c)["params"]
+    assert jax.eval_shape(forward_pass, params, x, c).shape == x.shape

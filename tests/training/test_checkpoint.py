@@ -35,7 +35,7 @@ def checkpointer(tmp_path):
 
 
 def test_restores_every_bit(checkpointer):
-    assert checkpointer.newest_sound_step() is None
+    assert checkpointer.latest_valid_step() is None
     state = state_at(7).replace(ema_params={"w": {"kernel": jnp.float32([0.1, np.pi, 1e-30])}})
     save(checkpointer, state)
     restored = checkpointer.restore(7, state_at(0))
@@ -123,7 +123,7 @@ def largest_file(workdir, step, item=""):
 def test_every_file_is_under_checksums_and_any_flipped_byte_is_found(tmp_path):
     save_three(tmp_path)
     store = Checkpointer(tmp_path, is_read_only=True)._store
-    assert store.damage(3) == []
+    assert store.find_corruption(3) == []
     files = files_of(tmp_path, 3)
     assert any("ocdbt" in str(f) for f in files) and any(f.name == "checksums.json" for f in files)
     for file in files:
@@ -131,12 +131,12 @@ def test_every_file_is_under_checksums_and_any_flipped_byte_is_found(tmp_path):
             continue
         for position in (0, file.stat().st_size // 2):
             flip_a_byte(file, position)
-            wrong = store.damage(3)
+            wrong = store.find_corruption(3)
             flip_a_byte(file, position)
             name = str(file.relative_to(tmp_path / "checkpoints" / "3"))
             assert wrong and (name in wrong[0] or file.name == "checksums.json"), file
     files[-1].unlink()
-    assert store.damage(3) == [f"{files[-1].relative_to(tmp_path / 'checkpoints' / '3')} is missing"]
+    assert store.find_corruption(3) == [f"{files[-1].relative_to(tmp_path / 'checkpoints' / '3')} is missing"]
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     flip_a_byte(largest)
     damaged = largest.read_bytes()
     with contextlib.closing(Checkpointer(tmp_path, config={"seed": 4})) as checkpointer:
-        assert checkpointer.newest_sound_step() == 2
+        assert checkpointer.latest_valid_step() == 2
         np.testing.assert_array_equal(checkpointer.restore(2, state_at(0)).params["w"]["kernel"], 2.0)
         said = capsys.readouterr().out
         assert "checkpoint of step 3 is damaged" in said and largest.name in said
@@ -153,13 +153,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     aside = tmp_path / "checkpoints_damaged" / "3"
     assert (aside / largest.relative_to(tmp_path / "checkpoints" / "3")).read_bytes() == damaged
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
-        assert checkpointer.newest_sound_step() == 3
+        assert checkpointer.latest_valid_step() == 3
         assert checkpointer.about(3)["config"] == {"seed": 4}
         assert checkpointer.about(3)["versions"]["jax"] == jax.__version__
         assert checkpointer.about(2)["window"] == {"sums": {"loss": 2 / 3}} and checkpointer.about(3)["window"] == {}
     flip_a_byte(largest_file(tmp_path, 3))
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
-        assert checkpointer.newest_sound_step() == 2
+        assert checkpointer.latest_valid_step() == 2
     assert (tmp_path / "checkpoints_damaged" / "3.1").is_dir()
 
 
@@ -173,12 +173,12 @@ def test_in_a_bucket_damage_is_found_and_set_aside_file_by_file(tmp_path, monkey
         (bucket / file.relative_to(tmp_path / "checkpoints").as_posix()).write_bytes(file.read_bytes())
     store = Store.__new__(Store)
     store.directory = bucket
-    assert store.damage(3) == []
+    assert store.find_corruption(3) == []
     largest = largest_file(tmp_path, 3)
     name = largest.relative_to(tmp_path / "checkpoints" / "3").as_posix()
     (bucket / "3" / name).write_bytes(b"?" + largest.read_bytes()[1:])
-    assert len(store.damage(3)) == 1 and name in store.damage(3)[0]
-    aside = store.set_aside(3)
+    assert len(store.find_corruption(3)) == 1 and name in store.find_corruption(3)[0]
+    aside = store.quarantine(3)
     assert (aside / name).read_bytes()[:1] == b"?" and not (bucket / "3").exists()
     assert aside == epath.Path("gs://bucket/checkpoint_test/checkpoints_damaged/3")
 
@@ -203,10 +203,10 @@ def test_a_save_that_ended_before_its_checksums_does_not_count(tmp_path, monkeyp
         checkpointer.close()
     monkeypatch.undo()
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
-        assert checkpointer.newest_sound_step() == 3
+        assert checkpointer.latest_valid_step() == 3
         save(checkpointer, state_at(4))
     with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
-        assert checkpointer.newest_sound_step() == 4
+        assert checkpointer.latest_valid_step() == 4
 
 
 def test_multiples_are_kept_for_good(tmp_path):

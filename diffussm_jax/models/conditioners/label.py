@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffussm_jax.models.conditioners.base import Conditioning
 from diffussm_jax.options import NOT_AN_OPTION, Range
-from diffussm_jax.parallel.sharding import whole_channels
+from diffussm_jax.parallel.sharding import replicate_channels
 
 
 class LabelEmbed(nn.Module):
@@ -35,7 +35,7 @@ class LabelEmbed(nn.Module):
             dtype=self.dtype,
             name="table",
         )
-        return Conditioning(vector=whole_channels(table(y)))
+        return Conditioning(vector=replicate_channels(table(y)))
 
     def null(self, y: jax.Array) -> jax.Array:
         return jnp.full_like(y, self.num_classes)

@@ -2,6 +2,9 @@
 
 `grid` is the shape of the image whose L = H W positions come row by row; most mixers ignore it. A mixer that prefers
 the layout in phases of the hourglass (`ssm.phases`) also has a method phases(U [M, D, B, J], grid=) -> [M, R, D, B, J].
+
+R is 2 unless a mixer has an attribute `bidirectional` that is false. A mixer that counts its work has a method
+costs(length, width, dtype, num_images) -> (method, multiply-adds of a sequence or None), as `S4D.costs`.
 """
 
 import flax.linen as nn
@@ -10,7 +13,12 @@ import jax
 from diffussm_jax.models.mixers.s4d import S4D
 from diffussm_jax.ssm import from_phases, to_phases
 
-__all__ = ["S4D", "mix_phases"]
+__all__ = ["S4D", "mix_phases", "num_outputs"]
+
+
+def num_outputs(mixer: nn.Module) -> int:
+    """R, the outputs for each channel."""
+    return 2 if getattr(mixer, "bidirectional", True) else 1
 
 
 def mix_phases(mixer: nn.Module, U: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -12,6 +12,7 @@ from diffussm_jax.ssm import (
     DISCRETIZATIONS,
     INITIALIZATIONS,
     METHODS,
+    fastest_method,
     from_phases,
     init_s4d,
     multiply_adds,
@@ -113,8 +114,8 @@ class S4D(nn.Module):
             scans.append([direction(f"column_{name}") for name in names])
         return over_channels(apply, scans, u)
 
-    def costs(self, length: int, width: int, dtype: str, num_images: int = 1) -> int | None:
-        """Multiply-adds for one sequence of `length` positions and `width` channels; None if they are not counted.
+    def costs(self, length: int, width: int, dtype: str, num_images: int = 1) -> tuple[str, float | None]:
+        """The method that computes a sequence, "auto" resolved, and its multiply-adds; None if they are not counted.
 
         Args:
           length: L.
@@ -123,11 +124,12 @@ class S4D(nn.Module):
           num_images: sequences that a device computes together, which decides on the size of chunks.
         """
         platform = jax.default_backend() if self.platform is None else self.platform
+        method = self.method
+        if method == "auto":
+            method = fastest_method(platform, dtype, length, width, self.state_size)
         num_directions, num_scans = 2 if self.bidirectional else 1, 2 if self.scan == "2d" else 1
-        of_channel = multiply_adds(
-            self.method, platform, dtype, length, width, self.state_size, num_directions, num_sequences=num_images
-        )
-        return None if of_channel is None else round(num_scans * width * of_channel)
+        of_channel = multiply_adds(method, platform, length, self.state_size, num_directions, num_sequences=num_images)
+        return method, None if of_channel is None else num_scans * width * of_channel
 
 
 def _transpose(u: jax.Array, height: int, width: int) -> jax.Array:
