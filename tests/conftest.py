@@ -8,6 +8,10 @@ import tempfile
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffussm_jax_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# And compile without optimising machine code, which takes longer than these programs run: half of all that the tests
+# do. Where rounding is measured over long sums, `ssm_problems.WELL_COMPILED` turns it on again. To test with it:
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
 from tiny import tiny_config

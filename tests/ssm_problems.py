@@ -16,26 +16,43 @@ import oracles
 from diffussm_jax.ssm import from_phases, init_s4d, to_complex, to_phases
 
 FORWARD, BACKWARD, BOTH = (False,), (True,), (False, True)
-# Compiling takes most of the time of these tests. Half of it is the optimisation of machine code.
+# Compiling takes most of the time of these tests. Half of it is the optimisation of machine code, which the conftest
+# turns off. Where rounding over long sums is measured it is turned on again, as it is for users.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+WELL_COMPILED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
 class Problem(NamedTuple):
+    """Channels are independent: of several schemes, those of each stand side by side, [D] in each direction's [S * D]."""
+
+    schemes: tuple[str, ...]
     reals: list  # the parameters of each direction, as `init_s4d` has them
     params: list  # and complex
-    u: jax.Array  # [B, L, D]
-    dy: jax.Array  # [B, L, R * D]
+    u: jax.Array  # [B, L, S * D]
+    dy: jax.Array  # [B, L, R * S * D]
     y: np.ndarray  # of the oracle, as are the gradients
     d_reals: list
     du: np.ndarray
 
 
+_init_s4d = jax.jit(init_s4d, static_argnums=(1, 2), static_argnames="initialization")
+_to_complex = jax.jit(to_complex)
+
+
 @functools.cache
 def problem(reverse, batch, length, width, *, initialization="lin", discretization="zoh", dtype="float32"):
-    reals = [init_s4d(jax.random.key(i), width, 64, initialization=initialization) for i in range(len(reverse))]
-    params = [to_complex(real) for real in reals]
-    u = jnp.asarray(oracles.normal(1, batch, length, width)).astype(dtype)
-    dy = jnp.asarray(oracles.normal(2, batch, length, width * len(reverse))).astype(dtype)
+    """A problem of `width` channels; of a tuple of initialisations, so many of each."""
+    schemes = (initialization,) if isinstance(initialization, str) else tuple(initialization)
+
+    def init(key):
+        of_each = [_init_s4d(key, width, 64, initialization=name) for name in schemes]
+        return {name: np.concatenate([real[name] for real in of_each]) for name in of_each[0]}
+
+    reals = [init(jax.random.key(i)) for i in range(len(reverse))]
+    params = [_to_complex(real) for real in reals]
+    width *= len(schemes)
+    u = np.asarray(oracles.normal(1, batch, length, width), dtype)
+    dy = np.asarray(oracles.normal(2, batch, length, width * len(reverse)), dtype)
     exact_u, exact_dy = np.asarray(u, np.float64), np.split(np.asarray(dy, np.float64), len(reverse), -1)
     outputs, gradients = [], []
     for real, p, is_reverse, own in zip(reals, params, reverse, exact_dy, strict=True):
@@ -43,7 +60,8 @@ def problem(reverse, batch, length, width, *, initialization="lin", discretizati
         outputs.append(oracles.recurrence(exact, exact_u, **options))
         gradients.append(oracles.recurrence_gradients(exact, exact_u, own, **options))
     d_reals, dus = zip(*gradients, strict=True)
-    return Problem(reals, params, u, dy, np.concatenate(outputs, -1), list(d_reals), sum(dus))
+    y = np.concatenate(outputs, -1)
+    return Problem(schemes, reals, params, jnp.asarray(u), jnp.asarray(dy), y, list(d_reals), sum(dus))
 
 
 def _value_and_gradients(function, params, reals, u, dy):
@@ -53,7 +71,7 @@ def _value_and_gradients(function, params, reals, u, dy):
     return y, *pull_back_to_real(d_params), du
 
 
-_well_compiled = jax.jit(_value_and_gradients, static_argnums=0)
+_well_compiled = jax.jit(_value_and_gradients, static_argnums=0, compiler_options=WELL_COMPILED)
 _quickly_compiled = jax.jit(_value_and_gradients, static_argnums=0, compiler_options=QUICK_COMPILE)
 
 
@@ -64,18 +82,29 @@ def value_and_gradients(function: Callable, p: Problem, *, is_quick: bool = True
 
 
 def errors(function: Callable, p: Problem, *, is_quick: bool = True) -> tuple[dict[str, float], dict[str, float]]:
-    """The relative errors of y and du, and of the gradients of parameters, by name."""
+    """The relative errors of y and du, and of the gradients of parameters, by name; of each scheme apart."""
     y, d_reals, du = value_and_gradients(function, p, is_quick=is_quick)
     assert y.dtype == du.dtype == p.u.dtype
-    sequences = {"y": (y, p.y), "du": (du, p.du)}
-    of_sequences = {
-        name: oracles.relative_error(x.astype(jnp.float32), exact) for name, (x, exact) in sequences.items()
-    }
-    of_parameters = {}
+
+    def of_schemes(name, actual, exact, axis):
+        pairs = zip(*(np.split(np.asarray(x), len(p.schemes), axis) for x in (actual, exact)), strict=True)
+        return {f"{name} {s}": oracles.relative_error(*pair) for s, pair in zip(p.schemes, pairs, strict=True)}
+
+    of_sequences, of_parameters = {}, {}
+    for name, actual, exact in (("y", y, p.y), ("du", du, p.du)):
+        directions = (-1, len(p.reals) if name == "y" else 1, p.u.shape[-1])
+        actual = np.asarray(actual).astype(np.float32).reshape(directions)
+        of_sequences |= of_schemes(name, actual, exact.reshape(directions), -1)
     for i, (actual, exact) in enumerate(zip(d_reals, p.d_reals, strict=True)):
         assert sorted(actual) == sorted(oracles.REAL_PARAMETERS)
-        of_parameters |= {f"{name} {i}": oracles.relative_error(actual[name], exact[name]) for name in exact}
+        for name in exact:
+            of_parameters |= of_schemes(f"{name} {i}", actual[name], exact[name], 0)
     return of_sequences, of_parameters
+
+
+def of_output(sequences: dict[str, float]) -> float:
+    """The largest error of y."""
+    return max(error for name, error in sequences.items() if name.startswith("y "))
 
 
 @functools.cache
