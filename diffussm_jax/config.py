@@ -145,10 +145,12 @@ def complete(config: ConfigDict) -> ConfigDict:
             if name not in group:
                 group[name] = option.default
     for key, kind, group in chosen(config):
-        defaults = registry.group(kind, value_at(config, key))
-        for name, value in defaults.items():
-            if name != "name" and name not in group:
-                group[name] = value
+        name = value_at(config, key)
+        registry.component(kind, name, key)
+        defaults = registry.group(kind, name)
+        for option, value in defaults.items():
+            if option != "name" and option not in group:
+                group[option] = value
     return config
 
 

@@ -21,9 +21,9 @@ def build_experiment(config: ConfigDict) -> Experiment:
     plain = to_plain(config)
     parts = Parts(config, has_decoder=config.sample_every > 0)
     return Experiment(
-        task=parts.task,
-        train_loader=parts.train_loader,
+        train_loader=parts.train_loader,  # first: data that are not there should be found before an autoencoder is read
         hooks=parts.hooks,
+        task=parts.task,
         num_steps=config.num_steps,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,

@@ -1,5 +1,6 @@
 """Configs that run on images and on latents: what must fit does, and any number of processes reads the same."""
 
+import itertools
 import json
 import os
 import shutil
@@ -15,13 +16,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tiny import tiny_config
 
+from diffussm_jax import load_run
 from diffussm_jax.autoencoder import to_diffusers
-from diffussm_jax.build import build_codec, build_experiment
+from diffussm_jax.build import Parts
 from diffussm_jax.config import load_config
 from diffussm_jax.data.sources import ImageFolder
 from diffussm_jax.data.transforms import to_uint8
+from diffussm_jax.experiment import build_experiment
 from diffussm_jax.precompute import Job, precompute
-from diffussm_jax.sample import sample
 from diffussm_jax.training.loop import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -64,8 +66,9 @@ def _shorten(config):
     tiny = tiny_config()
     for key in ("batch_size", "num_steps", "log_every", "eval_every", "sample_every", "checkpoint_every"):
         config[key] = tiny[key]
-    for key in ("width", "depth", "state_size"):
+    for key in ("width", "depth"):
         config.model[key] = tiny.model[key]
+    config.model.mixer.state_size = tiny.model.mixer.state_size
     config.sampling.num_steps = 3
     config.data.image_size = SIZE
     return config
@@ -87,7 +90,7 @@ def _latent_config(latents, vae):
 
 def test_pixels_train_and_sample(images, tmp_path):
     assert train(build_experiment(_pixel_config(images)), tmp_path) is None
-    assert sample(tmp_path, num_samples=3)[0].shape == (3, SIZE, SIZE, 3)
+    assert load_run(tmp_path).sample(3)[0].shape == (3, SIZE, SIZE, 3)
 
 
 @pytest.mark.parametrize("num_classes", [2, 0], ids=["classes", "unconditional"])
@@ -97,7 +100,7 @@ def test_latents_train_and_are_decoded(latents, small_vae, small_vae_folder, num
     experiment = build_experiment(config)
     assert train(experiment, tmp_path) is None
     assert Image.open(tmp_path / "samples" / "step_00000012.png").mode == "RGB"
-    generated, labels = sample(tmp_path, num_samples=3)
+    generated, labels = load_run(tmp_path).sample(3)
     assert generated.shape == (3, SIZE, SIZE, 3)
     assert labels.tolist() == ([0, 1, 0] if num_classes else [0, 0, 0])
 
@@ -105,7 +108,7 @@ def test_latents_train_and_are_decoded(latents, small_vae, small_vae_folder, num
 def test_the_codec_of_latents_scales_and_decodes(latents, small_vae, small_vae_folder):
     vae, params = small_vae
     config = _latent_config(latents, small_vae_folder)
-    codec = build_codec(config)
+    codec = Parts(config).codec
     mean = np.random.default_rng(0).normal(size=(3, 2, 8, 8, 4)).astype(np.float16)
     log_std = np.full_like(mean, -12)
     x_0 = codec.encode({"mean": mean, "log_std": log_std}, jax.random.key(0))
@@ -149,24 +152,28 @@ def test_the_encoder_must_be_the_one_that_made_the_latents(latents, small_vae, t
 PROCESS = """
 import json, sys
 import jax
-address, num_processes, index, first_step = sys.argv[1], *map(int, sys.argv[2:])
-if num_processes > 1:
-    jax.distributed.initialize(address, num_processes, index)
+address, index = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(address, 2, index)
+from test_build import RESUMED_AT, read_batches
 from tiny import tiny_config
-from diffussm_jax.build import build_loaders
+from diffussm_jax.build import Parts
 from diffussm_jax.parallel.mesh import batch_to_devices, local_rows, make_mesh
-import itertools
 mesh = make_mesh()
-loader, _ = build_loaders(tiny_config(), mesh)
-batches = list(itertools.islice(loader.iterate(first_step), 100 - first_step))
-assert batch_to_devices(mesh, batches[0])["image"].shape == (8, 8, 8, 1)
-rows = local_rows(mesh, 8).tolist()
-print(json.dumps([rows, [[b["image"].astype(int).sum((1, 2, 3)).tolist(), b["label"].tolist()] for b in batches]]))
+loader = Parts(tiny_config(), mesh).train_loader
+assert batch_to_devices(mesh, loader.batch(0))["image"].shape == (8, 8, 8, 1)
+print(json.dumps([local_rows(mesh, 8).tolist(), *(read_batches(loader, first) for first in (0, RESUMED_AT))]))
 """
+RESUMED_AT = 37
 
 
-def _read_in_processes(num_processes, first_step=0):
-    """[100 - first_step, 2, 8]: what the given number of processes, two devices each, read of each row."""
+def read_batches(loader, first_step):
+    """[100 - first_step, 2, rows]: a sum of each image, and each label."""
+    batches = itertools.islice(loader.iterate(first_step), 100 - first_step)
+    return [[b["image"].astype(int).sum((1, 2, 3)).tolist(), b["label"].tolist()] for b in batches]
+
+
+def read_in_two_processes():
+    """What two processes, two devices each, read of each row: from the start, and from `RESUMED_AT` on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -174,25 +181,26 @@ def _read_in_processes(num_processes, first_step=0):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    command = [sys.executable, "-c", PROCESS, address, str(num_processes)]
+    command = [sys.executable, "-c", PROCESS, address]
     processes = [
-        subprocess.Popen([*command, str(i), str(first_step)], stdout=subprocess.PIPE, text=True, env=environment)
-        for i in range(num_processes)
+        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, env=environment) for i in range(2)
     ]
-    read = np.full((100 - first_step, 2, 8), -1)
+    read = np.full((100, 2, 8), -1), np.full((100 - RESUMED_AT, 2, 8), -1)
     for process in processes:
         out, _ = process.communicate(timeout=120)
-        rows, values = json.loads(out)
-        assert (read[..., rows] == -1).all()
-        read[..., rows] = values
+        rows, *values = json.loads(out)
+        for whole, part in zip(read, values, strict=True):
+            assert (whole[..., rows] == -1).all()
+            whole[..., rows] = part
     return read
 
 
 def test_the_first_100_batches_are_the_same_in_two_processes_and_after_a_resume():
-    alone = _read_in_processes(1)
-    assert (alone >= 0).all() and len(np.unique(alone.reshape(100, -1), axis=0)) == 100
-    np.testing.assert_array_equal(_read_in_processes(2), alone)
-    np.testing.assert_array_equal(_read_in_processes(2, first_step=37), alone[37:])
+    alone = np.array(read_batches(Parts(tiny_config()).train_loader, 0))
+    assert alone.shape == (100, 2, 8) and len(np.unique(alone.reshape(100, -1), axis=0)) == 100
+    in_two, resumed = read_in_two_processes()
+    np.testing.assert_array_equal(in_two, alone)
+    np.testing.assert_array_equal(resumed, alone[RESUMED_AT:])
 
 
 def test_labels_of_two_splits_must_agree(images, tmp_path):
@@ -214,23 +222,23 @@ def test_another_decoder_may_be_given_to_sample(latents, small_vae, small_vae_fo
     config.sample_every = 0
     assert train(build_experiment(config), tmp_path / "run") is None
     with pytest.raises(ValueError, match=r"or --vae=\.\.\. to diffussm_jax.sample"):
-        sample(tmp_path / "run", num_samples=2)
+        load_run(tmp_path / "run")
     model, params = small_vae
     to_diffusers(model, params | {"decoder": jax.tree.map(lambda x: x + 0.1, params["decoder"])}, tmp_path / "vae")
-    mine, _ = sample(tmp_path / "run", num_samples=2, vae=str(small_vae_folder))
-    others, _ = sample(tmp_path / "run", num_samples=2, vae=str(tmp_path / "vae"))
+    mine, _ = load_run(tmp_path / "run", vae=str(small_vae_folder)).sample(2)
+    others, _ = load_run(tmp_path / "run", vae=str(tmp_path / "vae")).sample(2)
     assert mine.shape == others.shape and (mine != others).any()
 
 
 def test_random_crops_follow_from_the_step(images):
     config = _pixel_config(images)
     config.data.image_size, config.data.random_crop = 8, True
-    a, b = (build_experiment(config).train_loader for _ in range(2))
+    a, b = (Parts(config).train_loader for _ in range(2))
     for step in (0, 5):
         np.testing.assert_array_equal(a.batch(step)["image"], b.batch(step)["image"])
     assert a.batch(0)["image"].shape == (8, 8, 8, 3)
     centered = _pixel_config(images)
     centered.data.image_size = 8
-    assert (build_experiment(centered).train_loader.batch(0)["image"] != a.batch(0)["image"]).any()
+    assert (Parts(centered).train_loader.batch(0)["image"] != a.batch(0)["image"]).any()
     epochs = [np.concatenate([a.batch(3 * epoch + i)["image"] for i in range(3)]).sum() for epoch in range(4)]
     assert len(set(epochs)) == 4  # the same images, other crops

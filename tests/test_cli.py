@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from absl import app
+from programs import run_program
 
 from diffussm_jax import cli
 
@@ -50,18 +52,26 @@ def test_malformed_hosts_are_named(value):
         cli.join_hosts(value)
 
 
-@pytest.mark.parametrize(
-    "exception,code,has_traceback",
-    [
-        ("ValueError('wrong')", 1, False),
-        ("OSError('wrong')", 1, False),
-        ("FloatingPointError('wrong')", 1, False),
-        ("RuntimeError('wrong')", cli.CRASHED, True),
-        ("app.UsageError('wrong')", 1, False),
-    ],
-)
+EXIT_CODES = [
+    (ValueError, 1, False),
+    (OSError, 1, False),
+    (FloatingPointError, 1, False),
+    (RuntimeError, cli.CRASHED, True),
+    (app.UsageError, 1, False),
+]
+
+
+@pytest.mark.parametrize("exception,code,has_traceback", EXIT_CODES)
 def test_exit_codes(exception, code, has_traceback):
-    command = [sys.executable, "-c", LEAVE.format(exception=exception)]
+    def main():
+        raise exception("wrong")
+
+    found, printed = run_program(main)
+    assert (found, "Traceback" in printed) == (code, has_traceback)
+    assert "wrong" in printed
+
+
+def test_exit_code_of_a_process():
+    command = [sys.executable, "-c", LEAVE.format(exception="RuntimeError('wrong')")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, "Traceback" in done.stderr) == (code, has_traceback)
-    assert "wrong" in done.stderr + done.stdout
+    assert done.returncode == cli.CRASHED and "Traceback" in done.stderr and "wrong" in done.stderr

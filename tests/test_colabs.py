@@ -37,7 +37,7 @@ def test_quickstart_trains_and_samples(tmp_path):
         "optimizer.warmup_steps": 2,
         "model.width": 16,
         "model.depth": 2,
-        "model.state_size": 4,
+        "model.mixer.state_size": 4,
         "model.scan_unroll": 1,
         "sampling.num_steps": 3,
     }
@@ -66,7 +66,7 @@ def test_precompute_and_sample_goes_from_photographs_to_a_decoded_grid(tmp_path,
         "checkpoint_every": 3,
         "model.width": 16,
         "model.depth": 2,
-        "model.state_size": 4,
+        "model.mixer.state_size": 4,
         "sampling.num_steps": 3,
     }
     values = {

@@ -13,7 +13,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from diffussm_jax.sample import sample
+from diffussm_jax import load_run
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ def generated(tmp_path_factory):
         workdir = tmp_path_factory.mktemp("digits")
         command = [sys.executable, "-m", "diffussm_jax.main", "--config=configs/digits.py", f"--workdir={workdir}"]
         subprocess.run(command, cwd=ROOT, check=True)
-    images, labels = sample(workdir, num_samples=500, seed=1)
+    images, labels = load_run(workdir).sample(500, seed=1)
     return images.reshape(500, 64) / 127.5 - 1, labels
 
 

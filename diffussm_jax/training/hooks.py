@@ -19,7 +19,8 @@ from diffussm_jax.training.metrics import MetricsLog
 from diffussm_jax.training.posthoc_ema import Snapshots
 from diffussm_jax.training.task import Hook, Task
 
-_SAMPLE_SALT = 0x5A4D  # keeps the grid's noise apart from the training steps'
+# Keeps the grid's noise apart from the training steps', whose numbers are int32 and stay below it.
+_SAMPLE_SALT = np.uint32(0xFFFF_5A4D)
 
 
 class HookContext(NamedTuple):

@@ -95,6 +95,24 @@ def test_an_error_in_a_record_reaches_the_reader():
         next(batches)
 
 
+def test_draws_for_records_follow_from_their_place_and_are_not_those_of_the_order():
+    """Philox fills a short seed up with zeros: [seed, epoch] of the order is [seed, epoch, 0], a first record."""
+    seed, n, num_epochs = 5, 6, 3
+
+    def augment(record, rng):
+        return record | {"draws": rng.integers(2**62, size=4)}
+
+    loader = Loader(Numbers(n), 4, seed, augment=augment)
+    found = np.concatenate([loader.batch(step)["draws"] for step in range(n * num_epochs // 4 + 1)])[: n * num_epochs]
+    assert len(np.unique(found)) == found.size
+    orders = [np.random.Generator(np.random.Philox([seed, epoch])).integers(2**62, size=4) for epoch in range(9)]
+    with_zero = np.random.Generator(np.random.Philox([seed, 2, 0])).integers(2**62, size=4)
+    np.testing.assert_array_equal(with_zero, orders[2])
+    assert not np.isin(found, orders).any()
+    others = Loader(Numbers(n), 3, seed, augment=augment, rows=np.array([1]))
+    np.testing.assert_array_equal(others.batch(4)["draws"][0], found[13])
+
+
 def test_prefetch_keeps_the_order_and_starts_early():
     started = []
 
@@ -113,7 +131,7 @@ def test_digits_are_scikit_learns_split_in_ten():
     images, labels = load_digits(return_X_y=True)
     train, held_out = Digits("train"), Digits("eval")
     assert (len(train), len(held_out)) == (1618, 179)
-    image, label, _ = held_out[0]
+    image, label, *_ = held_out[0]
     assert (image.shape, image.dtype, label) == ((8, 8, 1), np.uint8, labels[9])
     np.testing.assert_allclose(image.ravel() / 255 * 16, images[9], atol=0.04)
     with pytest.raises(ValueError, match="unknown split 'test'"):

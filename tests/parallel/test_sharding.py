@@ -15,10 +15,10 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from tiny import tiny_config
 
-from diffussm_jax.build import build_model, input_shape
-from diffussm_jax.config import mesh_shape
-from diffussm_jax.parallel.sharding import path_of, spec_of
-from diffussm_jax.training.state import init_params
+from diffussm_jax.build import Parts
+from diffussm_jax.io import path_of
+from diffussm_jax.parallel.mesh import mesh_shape
+from diffussm_jax.parallel.sharding import spec_of
 
 BATCH, WIDTH, DEPTH = 24, 32, 2  # 24 is no size of any parameter
 LAYERS = {"W0", "W1", "W2", "W3", "W_up", "W_down"}
@@ -26,17 +26,17 @@ LAYERS = {"W0", "W1", "W2", "W3", "W_up", "W_down"}
 COMPILE = f"""
 import json, sys
 from tiny import tiny_config
-from diffussm_jax.build import build_train_step
+from diffussm_jax.build import Parts
 from diffussm_jax.parallel.mesh import make_mesh
 texts = []
 for ssm, *mesh in json.loads(sys.argv[1]):
     config = tiny_config()
     config.batch_size, config.model.width, config.model.depth = {BATCH}, {WIDTH}, {DEPTH}
-    config.model.scan, config.model.ssm_method = ssm.split()
+    config.model.mixer.scan, config.model.mixer.method = ssm.split()
     config.model.remat = "block"
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
-    step, state, batch = build_train_step(config, make_mesh(*mesh))
-    texts.append(step.lower(state, batch).compile().as_text())
+    task = Parts(config, make_mesh(*mesh)).task
+    texts.append(task.train_step.lower(task.abstract_state, task.batch_spec).compile().as_text())
 print(json.dumps(texts))
 """
 CASES = [
@@ -167,9 +167,8 @@ def test_tensor_meshes_communicate_activations_at_linear_layers_only(case, progr
 
 
 def model_and_params():
-    config = tiny_config()
-    model = build_model(config)
-    return model, jax.eval_shape(lambda: init_params(model, input_shape(config), 0))
+    parts = Parts(tiny_config())
+    return parts.model, jax.eval_shape(lambda: parts.model.init_params(parts.input_shape, 0))
 
 
 def test_every_large_parameter_is_split_and_what_follows_it_too():

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from runs import DIGITS, QUIET, losses, run, start
 
-from diffussm_jax.build import build_recipe
+from diffussm_jax.build import Parts
 from diffussm_jax.parallel.mesh import make_mesh
-from diffussm_jax.sample import load_config
+from diffussm_jax.run import load_config
 from diffussm_jax.training.checkpoint import Checkpointer
 
 NUM_KILLS, NUM_STEPS = int(os.environ.get("DIFFUSSM_KILLS", "5")), 300
@@ -23,9 +23,9 @@ FLAGS = (*DIGITS, *QUIET, f"--config.num_steps={NUM_STEPS}", "--config.checkpoin
 
 
 def final_state(workdir):
-    recipe = build_recipe(load_config(workdir), make_mesh(1))
+    task = Parts(load_config(workdir), make_mesh(1)).task
     with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
-        return jax.device_get(checkpointer.restore(NUM_STEPS, recipe.abstract_state))
+        return jax.device_get(checkpointer.restore(NUM_STEPS, task.abstract_state))
 
 
 def kill_during(workdir, rng, in_save):

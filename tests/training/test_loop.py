@@ -1,40 +1,69 @@
-"""A run that is stopped goes on as if it had not been: the same losses and the same parameters, bit by bit."""
+"""A run that is stopped goes on as if it had not been: the same rows and the same parameters, bit by bit."""
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
 import pytest
+from counting import BATCH_SIZE, Counting, counting_experiment
 from tiny import tiny_config
 
-from diffussm_jax.build import build_experiment
-from diffussm_jax.training.checkpoint import Checkpointer
+from diffussm_jax import load_run
+from diffussm_jax.build import Parts
+from diffussm_jax.experiment import build_experiment
+from diffussm_jax.parallel.mesh import batch_to_devices
+from diffussm_jax.training import telemetry
+from diffussm_jax.training.checkpoint import Best, Checkpointer
 from diffussm_jax.training.loop import train
-from diffussm_jax.training.optimizer import adamw
-from diffussm_jax.training.state import create_state
+from diffussm_jax.training.task import Hook
 
-COMPARED = ("step", "loss", "mse", "vlb", "grad_norm", "learning_rate", "eval_loss")
+SPEED = ("images_per_second", "step_ms", "compute_ms", "data_wait", "peak_memory_gb", "mfu")
 
 
-def rows(workdir):
+def rows(workdir, without=SPEED):
     with open(workdir / "metrics.csv", newline="") as file:
-        return [{name: row[name] for name in COMPARED} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
+
+
+def config_with_partial_windows():
+    """Neither a checkpoint nor a stop comes where a row was just written."""
+    config = tiny_config()
+    config.log_every, config.checkpoint_every, config.sample_every = 7, 3, 0
+    return config
 
 
 def final_state(workdir):
-    recipe = build_experiment(tiny_config()).recipe
+    task = Parts(tiny_config()).task
     with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
-        return checkpointer.restore(12, recipe.abstract_state)
+        return checkpointer.restore(12, task.abstract_state)
+
+
+def assert_same_state(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return build_experiment(config_with_partial_windows())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(experiment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    assert train(experiment, workdir) is None
+    return workdir
 
 
 @pytest.mark.parametrize("signum,stop_at", [(signal.SIGINT, 5), (signal.SIGTERM, 8)], ids=["ctrl-c", "sigterm"])
-def test_a_stopped_run_resumes_exactly(signum, stop_at, tiny_run, tmp_path):
-    stopped = build_experiment(tiny_config())
-    iterate = stopped.train_loader.iterate
+def test_a_stopped_run_resumes_exactly(signum, stop_at, experiment, uninterrupted, tiny_run, tmp_path, monkeypatch):
+    iterate = experiment.train_loader.iterate
 
     def batches_and_a_signal(first_step):
         for step, batch in enumerate(iterate(first_step), first_step):
@@ -42,13 +71,19 @@ def test_a_stopped_run_resumes_exactly(signum, stop_at, tiny_run, tmp_path):
                 os.kill(os.getpid(), signum)
             yield batch
 
-    stopped.train_loader.iterate = batches_and_a_signal
-    assert train(stopped, tmp_path) == signum
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.train_loader, "iterate", batches_and_a_signal)
+        assert train(experiment, tmp_path) == signum
     assert (tmp_path / "checkpoints" / str(stop_at)).is_dir()
-    assert train(build_experiment(tiny_config()), tmp_path) is None
-    assert rows(tmp_path) == rows(tiny_run)
-    for a, b in zip(jax.tree.leaves(final_state(tmp_path)), jax.tree.leaves(final_state(tiny_run)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert train(experiment, tmp_path) is None
+    assert rows(tmp_path) == rows(uninterrupted)
+    assert [row["step"] for row in rows(tmp_path)] == ["6", "7", "12"]
+    assert {"loss", "mse", "vlb", "grad_norm", "skipped_steps", "learning_rate", "param_norm", "ema_distance"} < {
+        name for name, value in rows(tmp_path)[-1].items() if value
+    }
+    state = final_state(tmp_path)
+    assert_same_state(state, final_state(uninterrupted))
+    assert_same_state(state, final_state(tiny_run))  # which wrote its rows and checkpoints at other steps
 
 
 def test_a_run_leaves_what_the_readme_promises(tiny_run):
@@ -73,8 +108,156 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_run):
     assert json.loads((tiny_run / "config.json").read_text())["model"]["width"] == 16
 
 
-def test_the_ema_follows_the_parameters():
-    params = {"w": {"kernel": jax.numpy.ones(2)}}
-    state = create_state(params, adamw(lambda s: 1.0))
-    assert state.ema_params["w"]["kernel"] is not params["w"]["kernel"]  # a step donates both
-    np.testing.assert_array_equal(state.ema_params["w"]["kernel"], params["w"]["kernel"])
+def test_held_out_loss_counts_each_row_once(tiny_run):
+    """179 digits in batches of 8: the last batch has 3 that were not counted yet."""
+    run = load_run(tiny_run)
+    parts, task = run.parts, run.parts.task
+    loader = parts.eval_loader
+    assert len(parts.records("eval")) == 179 and len(loader) == 23
+
+    @jax.jit
+    def losses(params, batch, index):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0x5EED), index)
+        t_key, noise_key, encode_key, _ = jax.random.split(key, 4)
+        x_0 = task.encode(batch, encode_key)
+        drawn = task.objective.draw(t_key, noise_key, x_0)
+        apply = lambda x_t, t: run.model.apply({"params": params}, x_t, t, batch["label"])  # noqa: E731
+        return task.objective.losses(apply, drawn)["loss"]
+
+    each = np.concatenate(
+        [losses(run.params, batch_to_devices(parts.mesh, loader.batch(i)), i) for i in range(len(loader))]
+    )
+    expected = np.float64(each[:179]).mean()
+    assert len(each) == 184 and abs(np.float64(each).mean() - expected) > 1e-5 * expected  # as it was counted before
+    assert float(rows(tiny_run)[-1]["eval_loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+# Of the loop alone, with a task that knows no model.
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that stands still until `now[0]` is moved."""
+    now = [0.0]
+    monkeypatch.setattr(telemetry, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+class PowerError(Exception):
+    """It fails."""
+
+
+def slow_first_step(now, fails_at=None):
+    """A second for each step, and 100 for the first of the process, as if it compiled."""
+    made = []
+
+    def before_step(step):
+        if step == fails_at:
+            raise PowerError
+        now[0] += 1 if made else 100
+        made.append(step)
+
+    return before_step
+
+
+def speeds(workdir):
+    return {row["step"]: (row["step_ms"], row["images_per_second"]) for row in rows(workdir, without=())}
+
+
+def test_the_first_row_leaves_out_the_step_that_compiles(now, tmp_path):
+    assert train(counting_experiment(slow_first_step(now), log_every=4, checkpoint_every=3), tmp_path) is None
+    one_a_second = ("1000.0", repr(float(BATCH_SIZE)))
+    assert speeds(tmp_path) == {"4": one_a_second, "8": one_a_second, "12": one_a_second}
+    # Alone in its window, it leaves nothing that could be timed.
+    assert train(counting_experiment(slow_first_step(now), log_every=1, num_steps=2), tmp_path / "each") is None
+    assert speeds(tmp_path / "each") == {"1": ("", ""), "2": one_a_second}
+
+
+def test_the_first_row_after_a_resume_times_the_steps_since_then_and_averages_those_since_the_last_row(now, tmp_path):
+    options = {"log_every": 7, "checkpoint_every": 3}
+    assert train(counting_experiment(slow_first_step(now), **options), tmp_path / "whole") is None
+    with pytest.raises(PowerError):
+        train(counting_experiment(slow_first_step(now, fails_at=5), **options), tmp_path)
+    assert not (tmp_path / "metrics.csv").exists()
+    assert train(counting_experiment(slow_first_step(now), **options), tmp_path) is None  # from step 3
+    assert speeds(tmp_path) == {s: ("1000.0", repr(float(BATCH_SIZE))) for s in ("7", "12")}
+    assert rows(tmp_path) == rows(tmp_path / "whole")
+    losses = [float(np.float32(x)) for x in batch_means(counting_experiment().train_loader, 12)]
+    assert [float(row["loss"]) for row in rows(tmp_path)] == [np.mean(losses[:7]), np.mean(losses[7:])]
+    assert [float(row["twice"]) for row in rows(tmp_path)] == [2 * np.mean(losses[:7]), 2 * np.mean(losses[7:])]
+
+
+def batch_means(loader, num_steps):
+    return jax.device_get([jax.numpy.asarray(loader.batch(i)["x"]).mean() for i in range(num_steps)])
+
+
+def test_mfu_counts_the_meshs_devices(now, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)  # of which the mesh has one
+    monkeypatch.setattr(telemetry, "peak_flops", lambda kind: 200e12)
+    experiment = counting_experiment(slow_first_step(now), 10**11, log_every=6)
+    assert train(experiment, tmp_path) is None
+    found = float(rows(tmp_path, without=())[-1]["mfu"])
+    assert found == pytest.approx(3 * 2 * 1e11 * BATCH_SIZE / 200e12)
+
+
+def test_fewer_steps_than_were_made_are_refused(tmp_path):
+    assert train(counting_experiment(num_steps=6), tmp_path) is None
+    with pytest.raises(ValueError, match=r"num_steps is 4, but .*checkpoints/6 is the checkpoint of step 6"):
+        train(counting_experiment(num_steps=4), tmp_path)
+    assert train(counting_experiment(num_steps=8), tmp_path) is None
+
+
+def test_hooks_run_at_their_intervals_and_at_the_end_before_the_checkpoint(tmp_path):
+    calls = []
+
+    def hook(name, every):
+        def run(state, step):
+            saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal())
+            calls.append((name, step, int(state.step), step in saved))
+            return {f"{name}_steps": step, "score": -abs(step - 8)}
+
+        return lambda context: Hook(name, every, run, close=lambda: calls.append((name, "closed")))
+
+    hooks = [hook("a", 4), hook("b", 5), hook("never", 0)]
+    best = Best("score", "max")
+    experiment = counting_experiment(hooks=hooks, checkpoint_every=4, keep_every=1, log_every=6, best=best)
+    assert train(experiment, tmp_path) is None
+    made = [call for call in calls if call[1] != "closed"]
+    assert made == [(n, s, s, False) for n, s in (("a", 4), ("b", 5), ("a", 8), ("b", 10), ("a", 12), ("b", 12))]
+    assert sorted(call[0] for call in calls if call[1] == "closed") == ["a", "b", "never"]
+    assert [row["step"] for row in rows(tmp_path)] == ["4", "5", "6", "8", "10", "12"]
+    assert {row["step"]: row["a_steps"] for row in rows(tmp_path) if row["a_steps"]} == {
+        step: f"{step}.0" for step in ("4", "8", "12")
+    }
+    with contextlib.closing(Checkpointer(tmp_path, best=best, is_read_only=True)) as checkpointer:
+        assert checkpointer.resolve("best") == 8
+
+
+def test_a_task_without_averages_keeps_its_state(tmp_path):
+    """The loop and its checkpoints read `step` and `skipped_in_a_row` of a state, and nothing else."""
+    assert train(counting_experiment(num_steps=5), tmp_path) is None
+    with contextlib.closing(Checkpointer(tmp_path, is_read_only=True)) as checkpointer:
+        state = checkpointer.restore(5, Counting().abstract_state)
+        averaged = checkpointer.restore_ema(5, {"total": Counting().abstract_state.total})
+    losses = batch_means(counting_experiment().train_loader, 5)
+    assert float(state.total) == float(averaged["total"]) == pytest.approx(sum(losses), rel=1e-6)
+    assert int(state.step) == 5
+
+
+def test_skipped_steps_are_counted_and_too_many_end_the_run(tmp_path):
+    class Skipping(Counting):
+        max_skipped_steps = 2
+
+        def train_step(self, state, batch):
+            is_skipped = int(state.step) == 1 or int(state.step) >= 5
+            state, metrics = super().train_step(state, batch)
+            skipped = state.skipped_in_a_row + 1 if is_skipped else jax.numpy.int32(0)
+            loss = jax.numpy.float32(np.nan) if is_skipped else metrics["loss"]
+            return state.replace(skipped_in_a_row=skipped), metrics | {"loss": loss, "skipped": float(is_skipped)}
+
+    experiment = dataclasses.replace(counting_experiment(log_every=3, checkpoint_every=100), task=Skipping())
+    with pytest.raises(FloatingPointError, match="from step 6 on, more than .*max_skipped_steps = 2 times in a row"):
+        train(experiment, tmp_path)
+    assert [(row["step"], row["skipped_steps"]) for row in rows(tmp_path)] == [("3", "1.0"), ("6", "1.0")]
+    losses = batch_means(experiment.train_loader, 3)
+    assert float(rows(tmp_path)[0]["loss"]) == np.mean(np.float64([losses[0], losses[2]]))

@@ -9,12 +9,11 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from tiny import tiny_config
 
-from diffussm_jax.build import build_experiment
+from diffussm_jax import load_run
+from diffussm_jax.experiment import build_experiment
 from diffussm_jax.parallel.mesh import batch_to_devices
-from diffussm_jax.sample import sample
 from diffussm_jax.training.loop import train
 from diffussm_jax.training.posthoc_ema import SIGMAS, Snapshots, coefficients, gamma_of, power_ema_update
-from diffussm_jax.training.step import make_train_step
 
 
 def weights_of(step, sigma_rel):
@@ -65,6 +64,7 @@ def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path)
     config.posthoc_ema_every = 2
     config.checkpoint_every = 5
     config.num_steps = 7
+    config.sample_every = config.eval_every = 0
     experiment = build_experiment(config)
     assert train(experiment, tmp_path) is None
     config.num_steps = 12  # resumes at 7, between two stored averages
@@ -73,10 +73,10 @@ def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path)
     assert steps == [2, 4, 6, 7, 8, 10, 12]
 
     # The same run again, its parameters written down, averaged in float64.
-    recipe, trajectory = experiment.recipe, []
-    step_fn, state = make_train_step(recipe), recipe.create_state()
+    task, trajectory = experiment.task, []
+    state = task.create_state()
     for i in range(12):
-        state = step_fn(state, batch_to_devices(recipe.mesh, experiment.train_loader.batch(i)))
+        state, _ = task.train_step(state, batch_to_devices(task.mesh, experiment.train_loader.batch(i)))
         trajectory.append(jax.device_get(state.params))
     device = SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device), state.params)
@@ -92,13 +92,13 @@ def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path)
                 assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b - end) + 1e-5 * np.linalg.norm(b)
         with pytest.raises(ValueError, match=r"no averages of step 3 .*choose one of \[2, 4, 6, 7, 8, 10, 12\]"):
             snapshots.reconstruct(0.05, like, step=3)
-    images, _ = sample(tmp_path, num_samples=2, ema_sigma=0.08)
-    others, _ = sample(tmp_path, num_samples=2, ema_sigma=0.2)
+    images, _ = load_run(tmp_path, ema_sigma=0.08).sample(2)
+    others, _ = load_run(tmp_path, ema_sigma=0.2).sample(2)
     assert images.shape == (2, 8, 8, 1) and (images != others).any()
 
 
 def test_a_run_without_averages_says_so(tiny_run):
     with pytest.raises(FileNotFoundError, match=r"no averages in .*posthoc_ema_every"):
-        sample(tiny_run, num_samples=1, ema_sigma=0.1)
+        load_run(tiny_run, ema_sigma=0.1)
     with pytest.raises(ValueError, match="must be latest or a step, got 'best'"):
-        sample(tiny_run, num_samples=1, ema_sigma=0.1, checkpoint="best")
+        load_run(tiny_run, "best", ema_sigma=0.1)

@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import sys
-import time
+import tempfile
 import types
 
 import fsspec
@@ -15,9 +15,9 @@ from etils import epath
 from etils.epath.backend import fsspec_backend
 from tiny import tiny_config
 
-from diffussm_jax.build import build_experiment
+from diffussm_jax.experiment import build_experiment
 from diffussm_jax.main import parse_steps
-from diffussm_jax.training import telemetry
+from diffussm_jax.training import hooks, telemetry
 from diffussm_jax.training.loop import train
 from diffussm_jax.training.metrics import MetricsLog
 
@@ -34,28 +34,86 @@ def test_rows_hold_speed_and_norms(tiny_run):
 
 def test_mfu_is_as_it_is_defined(monkeypatch):
     monkeypatch.setattr(telemetry, "peak_flops", lambda kind: 200e12)
-    # 3 passes, 2 operations a multiply-add, 100 images/s, one device of 200 TFLOP/s.
-    assert telemetry.mfu(100, 10**11) == pytest.approx(3 * 2 * 1e11 * 100 / 200e12 / jax.device_count())
+    # 3 passes, 2 operations a multiply-add, 100 images/s, devices of 200 TFLOP/s.
+    for num_devices in (1, 4):
+        expected = 3 * 2 * 1e11 * 100 / 200e12 / num_devices
+        assert telemetry.mfu(100, 10**11, num_devices) == pytest.approx(expected)
+    monkeypatch.setattr(telemetry, "peak_flops", lambda kind: None)
+    assert telemetry.mfu(100, 10**11, 1) is None
 
 
-def test_norms_are_euclidean_over_all_parameters():
+def test_norms_are_euclidean_over_all_parameters_and_the_rate_is_that_of_the_last_step():
     params, ema = {"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}, {"a": jnp.array([3.0]), "b": jnp.array([[2.0]])}
-    norms = telemetry.state_norms(params, ema)
-    assert (float(norms["param_norm"]), float(norms["ema_distance"])) == (5.0, 2.0)
+    task = types.SimpleNamespace(eval_params=lambda state: ema)
+    context = hooks.HookContext(workdir=None, log=None, task=task)
+    hook = hooks.norms(context, learning_rate=lambda step: step / 10, every=5)
+    found = hook.run(types.SimpleNamespace(params=params), step=3)
+    assert found == {"learning_rate": 0.2, "param_norm": 5.0, "ema_distance": 2.0} and hook.every == 5
 
 
-def test_the_clock_leaves_out_what_is_paused():
+def test_the_grids_noise_is_the_same_every_time_and_no_training_steps():
+    keys = []
+    context = hooks.HookContext(None, types.SimpleNamespace(image=lambda *args: None), types.SimpleNamespace())
+    context.task.eval_params = lambda state: None
+
+    def draw(params, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return np.zeros((2, 4, 4, 1), np.uint8)
+
+    with tempfile.TemporaryDirectory() as folder:
+        context = context._replace(workdir=epath.Path(folder))
+        hook = hooks.sample_grid(context, draw=draw, num_columns=2, seed=3, every=5)
+        assert hook.run(None, 5) == hook.run(None, 10) == {}
+        assert sorted(p.name for p in (context.workdir / "samples").iterdir()) == [
+            "step_00000005.png",
+            "step_00000010.png",
+        ]
+    assert keys[0] == keys[1]
+    seed = jax.random.key(3)
+    of_steps = jax.vmap(lambda step: jax.random.key_data(jax.random.fold_in(seed, step)))(jnp.arange(400_000))
+    assert tuple(jax.random.key_data(seed).tolist()) != keys[0]
+    assert not (np.asarray(of_steps) == np.uint32(keys[0])).all(1).any()
+
+
+def test_the_clock_leaves_out_what_is_paused_and_the_step_that_compiles(monkeypatch):
+    now, state = [0.0], jnp.int32(0)
+    monkeypatch.setattr(telemetry, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow(items, seconds):
+        for item in items:
+            now[0] += seconds
+            yield item
+
     clock = telemetry.Clock()
-    time.sleep(0.05)
-    with clock.paused(types.SimpleNamespace(step=jnp.int32(0))):
-        time.sleep(0.5)
-    next(clock.waiting_for(iter([0])))
-    seconds, waited = clock.lap()
-    assert 0.05 <= seconds < 0.4 and 0 <= waited < 0.1
+    batches = clock.waiting_for(slow(range(9), 0.25))
+    next(batches)
+    now[0] += 100
+    clock.step_made(state)
+    assert clock.lap() == (0, 0, 0)
+    for _ in range(2):
+        assert next(batches)
+        now[0] += 1
+        clock.step_made(state)
+    with clock.paused(state):
+        now[0] += 50
+    now[0] += 0.5
+    assert clock.lap() == (3.0, 0.5, 2)
+    assert clock.lap() == (0, 0, 0)
+
+
+def test_speed_is_of_the_lap_and_without_a_timed_step_not_told(monkeypatch):
+    monkeypatch.setattr(telemetry, "peak_flops", lambda kind: None)
+    options = {"batch_size": 8, "multiply_adds": 1, "num_devices": 1}
+    speed = telemetry.speed_metrics(telemetry.Lap(4.0, 1.0, 2), **options)
+    assert 0.1 < speed.pop("peak_memory_gb") < 100
+    assert speed == {"images_per_second": 4.0, "step_ms": 2000.0, "compute_ms": 1500.0, "data_wait": 0.25}
+    assert telemetry.speed_metrics(telemetry.Lap(0.0, 0.0, 0), **options).keys() == {"peak_memory_gb"}
 
 
 def test_a_trace_of_some_steps_is_written(tmp_path):
-    assert train(build_experiment(tiny_config()), tmp_path, profile_steps=(2, 4)) is None
+    config = tiny_config()
+    config.num_steps, config.sample_every, config.eval_every = 5, 0, 0
+    assert train(build_experiment(config), tmp_path, profile_steps=(2, 4)) is None
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert b"train_step" in trace.read_bytes()
 

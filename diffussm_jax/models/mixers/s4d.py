@@ -80,6 +80,7 @@ class S4D(nn.Module):
     @nn.compact
     def phases(self, u: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
         """The same in the layout of the hourglass: u [M, D, B, J] -> [M, R, D, B, J] (`ssm.phases`)."""
+        self.check()
         if self.scan == "2d" and grid is None:
             raise ValueError('scan = "2d" needs grid = (H, W)')
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffussm_jax.models.layers import Linear
+from diffussm_jax.layers import Linear
 
 EQUATIONS = {
     "bjd,de->bje": ((3, 50, 4), (4, 5), (5,)),
@@ -22,10 +22,17 @@ def run(equation, dtype):
     x = jnp.asarray(rng.normal(size=x_shape), dtype)
     params = {"kernel": jnp.float32(rng.normal(size=kernel_shape)), "bias": jnp.float32(rng.normal(size=bias_shape))}
     model = Linear(equation, kernel_shape, dtype)
-    assert jax.tree.map(jnp.shape, model.init(jax.random.key(0), x)["params"]) == jax.tree.map(jnp.shape, params)
-    y, vjp = jax.vjp(lambda params, x: model.apply({"params": params}, x), params, x)
-    dy = jnp.asarray(rng.normal(size=y.shape), dtype)
-    gradients, dx = vjp(dy)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+
+    @jax.jit
+    def products(params, x, dy):
+        y, vjp = jax.vjp(lambda params, x: model.apply({"params": params}, x), params, x)
+        return y, *vjp(dy)
+
+    y_shape = jax.eval_shape(model.apply, {"params": params}, x).shape
+    dy = jnp.asarray(rng.normal(size=y_shape), dtype)
+    y, gradients, dx = products(params, x, dy)
     operands = [np.float64(a) for a in (x, params["kernel"].astype(dtype), params["bias"], dy)]
     return y, dx, gradients, operands
 
