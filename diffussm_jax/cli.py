@@ -54,7 +54,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
             traceback.print_exc()
             return CRASHED
 
-    sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [_current_name(argument) for argument in sys.argv[1:]]
     if flag_values is not flags.FLAGS:
         flags.FLAGS.append_flag_values(flag_values)
     app.run(start)
@@ -63,7 +63,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
 _OVERRIDE = re.compile(r"--?config\.(?P<key>[\w.]+)(?:=(?P<value>.*))?$", re.DOTALL)
 
 
-def _renamed(argument: str) -> str:
+def _current_name(argument: str) -> str:
     """Replaces a former config key in an override by its current name."""
     match = _OVERRIDE.match(argument)
     if match and match["key"] in migrations.MOVED:
