@@ -55,7 +55,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
             traceback.print_exc()
             return CRASHED
 
-    sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [_current_name(argument) for argument in sys.argv[1:]]
     if flag_values is not flags.FLAGS:
         flags.FLAGS.append_flag_values(flag_values)
         if "config" in flag_values and isinstance(flag_values["config"].parser, _ConfigParser):
@@ -66,7 +66,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
 _OVERRIDE = re.compile(r"--?config\.(?P<key>[\w.]+)(?:=(?P<value>.*))?$", re.DOTALL)
 
 
-def _renamed(argument: str) -> str:
+def _current_name(argument: str) -> str:
     """Replaces a former config key in an override by its current name."""
     match = _OVERRIDE.match(argument)
     return argument.replace(match["key"], migrations.today(match["key"]), 1) if match else argument

@@ -32,7 +32,7 @@ from diffussm_jax.models import Costs
 from diffussm_jax.parallel.hlo import Collective, collectives
 from diffussm_jax.parallel.mesh import make_mesh
 from diffussm_jax.parallel.topology import Machine, compile_only_devices, parse_machine
-from diffussm_jax.validation import images_at_a_time, validate
+from diffussm_jax.validation import per_device_microbatch, validate
 
 _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be imported beside another
 _CONFIG = cli.define_config(_FLAGS)
@@ -142,7 +142,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
     validate(config, machine.num_devices)
     mesh = make_mesh(**config.mesh.to_dict(), devices=compile_only_devices(machine))
     parts = Parts(config, mesh, has_decoder=False)
-    costs = parts.model.costs(parts.input_shape, images_at_a_time(config, mesh.shape))
+    costs = parts.model.costs(parts.input_shape, per_device_microbatch(config, mesh.shape))
     task, available = parts.task, machine.chip.memory_bytes
     state_bytes = _state_bytes(task.abstract_state)
     if sum(state_bytes.values()) > available:

@@ -245,11 +245,11 @@ def precompute(job: Job) -> dict:
     latents.check_joins(job.folder, job.split, settings)
     encode = make_encoder(job)
     progress = _Progress(job, settings)
-    with _on_all_hosts():
+    with _barrier_on_all_hosts():
         ours = range(jax.process_index(), job.num_shards, jax.process_count())
         missing = [shard for shard in ours if progress.read(shard) is None]
         _write_shards(job, encode, progress, missing, settings)
-    with _on_all_hosts():
+    with _barrier_on_all_hosts():
         if jax.process_index() == 0:
             _finish(job, progress, settings)
     return latents.read_card(job.folder, job.split)
@@ -268,7 +268,7 @@ def _finish(job: Job, progress: _Progress, settings: dict) -> None:
 
 
 @contextlib.contextmanager
-def _on_all_hosts():
+def _barrier_on_all_hosts():
     """A barrier at the end for all hosts. If one host failed, all raise instead of waiting forever."""
     if jax.process_count() == 1:
         yield

@@ -151,6 +151,6 @@ def check_same_experiment(saved: dict, config: dict, where: str) -> None:
         )
 
 
-def images_at_a_time(config: ConfigDict, mesh: Mapping[str, int]) -> int:
+def per_device_microbatch(config: ConfigDict, mesh: Mapping[str, int]) -> int:
     """Images that a device computes together: its part of a microbatch."""
     return config.batch_size // (mesh["data"] * mesh["fsdp"] * config.optimizer.accumulation_steps)

@@ -78,7 +78,7 @@ def from_diffusers(path: epath.PathLike, *, dtype: str = "float32") -> tuple[Aut
         shapes = _param_shapes(model)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from error
-    tensors = _with_new_names(_read_tensors(directory / WEIGHTS))
+    tensors = _rename_attention(_read_tensors(directory / WEIGHTS))
     check_same_shapes(
         {_diffusers_name(p): _diffusers_shape(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)},
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -254,7 +254,7 @@ def _read_tensors(file: epath.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _with_new_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _rename_attention(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Renames attention to the names since diffusers 0.17, and reshapes its weights from 1x1 convs to matrices."""
 
     def new_name(match):

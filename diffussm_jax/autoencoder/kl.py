@@ -43,16 +43,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query_chunk: int = QUERY_CH
     """
     B, L, C = q.shape
 
-    def attend_some(q):
+    def attend_chunk(q):
         logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * C**-0.5
         weights = nn.softmax(logits, -1).astype(v.dtype)
         return jnp.einsum("bqk,bkc->bqc", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
 
     if L <= query_chunk:
-        return attend_some(q)
+        return attend_chunk(q)
     chunks = jnp.pad(q, ((0, 0), (0, -L % query_chunk), (0, 0))).reshape(B, -1, query_chunk, C)
     # Without the checkpoint the backward pass would keep the attention weights of all chunks.
-    out = jax.lax.map(jax.checkpoint(attend_some), chunks.swapaxes(0, 1))
+    out = jax.lax.map(jax.checkpoint(attend_chunk), chunks.swapaxes(0, 1))
     return out.swapaxes(0, 1).reshape(B, -1, C)[:, :L]
 
 

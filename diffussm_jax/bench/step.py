@@ -20,7 +20,7 @@ from diffussm_jax.bench.measure import median_seconds, memory_limit, planned_byt
 from diffussm_jax.bench.ssm import ssm_arguments, ssm_functions
 from diffussm_jax.build import Parts
 from diffussm_jax.training.telemetry import mfu
-from diffussm_jax.validation import images_at_a_time, validate
+from diffussm_jax.validation import per_device_microbatch, validate
 
 COLUMNS = {"images_per_second": ".4g", "step_ms": ".1f", "mfu": ".1%", "peak_memory_gb": ".2f", "ssm_share": ".1%"}
 
@@ -97,7 +97,7 @@ def ssm_seconds(config: ConfigDict, mesh: dict[str, int], *, repeats: int = 5) -
     if mixer.get("name") != "s4d" or not mixer.bidirectional or mixer.discretization != "zoh":
         return None
     H, W, _ = Parts(config).input_shape
-    shape = (images_at_a_time(config, mesh), H * W, model.width // mesh["tensor"], mixer.state_size)
+    shape = (per_device_microbatch(config, mesh), H * W, model.width // mesh["tensor"], mixer.state_size)
     arguments = ssm_arguments(shape, model.dtype)
     num_scans = 2 if mixer.scan == "2d" else 1
     forward_pass, with_gradients = (jax.jit(f) for f in ssm_functions(mixer.method))

@@ -189,7 +189,7 @@ def _is_image(name: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _normal(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Removes the "./" that `tar -C folder .` writes and empty parts from a member's name."""
     return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
 
@@ -237,10 +237,10 @@ def _walk(root: epath.Path) -> Iterator[str]:
         below = folder.split("://")[-1].removeprefix(start.split("://")[-1])  # some backends drop the scheme
         yield from (f"{below}/{name}".lstrip("/") for name in names)
         if not is_bucket(root):
-            subfolders[:] = [name for name in subfolders if not _leads_up(os.path.join(folder, name))]
+            subfolders[:] = [name for name in subfolders if not _is_link_loop(os.path.join(folder, name))]
 
 
-def _leads_up(path: str) -> bool:
+def _is_link_loop(path: str) -> bool:
     """Whether a link leads to a folder that contains it, which would never end."""
     above = os.path.realpath(os.path.dirname(path)) + os.sep
     return os.path.islink(path) and above.startswith(os.path.join(os.path.realpath(path), ""))
@@ -262,7 +262,7 @@ class ImageZip(_Files):
             except Exception as error:  # struct.error, OverflowError, ... and zipfile's own
                 raise ValueError(f"{self._path} is not a zip file, or is damaged or cut short: {error}") from error
         # Of two members with the same name the later one is used, as in unzip.
-        self._members = {_normal(member.filename): member for member in members}
+        self._members = {_normalize_name(member.filename): member for member in members}
         super().__init__("zip", self._path, self._members, split)
 
     def _read(self, key: str) -> bytes:
@@ -351,7 +351,7 @@ def _scan_tar(file: BinaryIO, start: int, end: float = float("inf")) -> Iterator
             if member.size < 0 or member.offset_data + member.size > end:
                 raise ValueError(f"{member.name} of {member.size} bytes extends beyond its archive")
             if member.isreg() and not member.issparse():
-                yield _normal(member.name), (member.offset_data, member.size)
+                yield _normalize_name(member.name), (member.offset_data, member.size)
         # tarfile treats an unreadable header as the end. The true end is a block of zeros.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -113,9 +113,9 @@ def prefetch(batches: Iterable[Batch], to_devices: Callable[[Batch], Any], depth
       to_devices: starts the transfer of a batch, without waiting for it.
       depth: number of batches in transfer ahead of the consumer.
     """
-    on_the_way: collections.deque = collections.deque()
+    in_transfer: collections.deque = collections.deque()
     for batch in batches:
-        on_the_way.append(to_devices(batch))
-        if len(on_the_way) > depth:
-            yield on_the_way.popleft()
-    yield from on_the_way
+        in_transfer.append(to_devices(batch))
+        if len(in_transfer) > depth:
+            yield in_transfer.popleft()
+    yield from in_transfer

@@ -26,7 +26,7 @@ def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(is_mirrored, jnp.flip(images, 2), images)
 
 
-def _halved(image: np.ndarray | Image.Image, size: int) -> Image.Image:
+def _halve(image: np.ndarray | Image.Image, size: int) -> Image.Image:
     """Halves the image by box means while its shorter side stays at least `size`."""
     pixels = np.asarray(image)
     picture = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
@@ -41,7 +41,7 @@ def _scaled_size(picture: Image.Image, size: int) -> tuple[int, int]:
     return round(picture.width * scale), round(picture.height * scale)
 
 
-def _cut(picture: Image.Image, scaled: tuple[int, int], left: int, top: int, size: int) -> np.ndarray:
+def _scale_and_crop(picture: Image.Image, scaled: tuple[int, int], left: int, top: int, size: int) -> np.ndarray:
     """Scales (bicubic) to (width, height) `scaled` and cuts the square at (left, top): [size, size, C] uint8.
 
     For a long strip (1 x 4000 pixels would scale to a gigabyte) only the square is computed. Pillow does this with
@@ -65,9 +65,9 @@ def center_crop(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
     Returns:
       [size, size, C] uint8.
     """
-    picture = _halved(image, size)
+    picture = _halve(image, size)
     width, height = _scaled_size(picture, size)
-    return _cut(picture, (width, height), (width - size) // 2, (height - size) // 2, size)
+    return _scale_and_crop(picture, (width, height), (width - size) // 2, (height - size) // 2, size)
 
 
 def random_crop(
@@ -97,10 +97,10 @@ def random_crop(
         )
     shortest, longest = math.ceil(size / max_crop_fraction), math.ceil(size / min_crop_fraction)
     side = int(rng.integers(shortest, longest + 1))
-    picture = _halved(image, side)
+    picture = _halve(image, side)
     width, height = _scaled_size(picture, side)
     top, left = (int(rng.integers(0, length - size + 1)) for length in (height, width))
-    return _cut(picture, (width, height), left, top, size)
+    return _scale_and_crop(picture, (width, height), left, top, size)
 
 
 def image_grid(images: np.ndarray, num_columns: int, *, min_tile: int = 32) -> np.ndarray:

@@ -104,8 +104,8 @@ def _walk(computations, name: str, num_devices: int, *, count: int, is_count_kno
                 op_name=next(iter(re.findall(r'op_name="([^"]*)"', instruction.attributes)), ""),
             )
             continue
-        turns = _turns(computations, computation, instruction) if instruction.opcode == "while" else 1
-        inside = {"count": count * (turns or 1), "is_count_known": is_count_known and turns is not None}
+        trips = _trip_count(computations, computation, instruction) if instruction.opcode == "while" else 1
+        inside = {"count": count * (trips or 1), "is_count_known": is_count_known and trips is not None}
         for one, several in _CALLS.findall(instruction.attributes):
             for called in [one] if one else re.findall(r"[\w.\-]+", several):
                 if called in computations:
@@ -191,7 +191,7 @@ def _group_size(instruction: _Instruction, num_devices: int) -> int:
 # Trip counts of loops.
 
 
-def _turns(computations, computation: _Computation, loop: _Instruction) -> int | None:
+def _trip_count(computations, computation: _Computation, loop: _Instruction) -> int | None:
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(noted[1])
     condition, body = (

@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from diffussm_jax.parallel.mesh import make_mesh
 
 _GIB = 2**30
-_GPUS_A_HOST = 8
+_GPUS_PER_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def parse_machine(name: str) -> Machine:
     if chip.platform == "cuda":
         return Machine(name=name, chip=chip, shape=_hosts(name, shape, count))
     if shape is None:
-        shape = _usual_shape(name, chip, count)
+        shape = _default_shape(name, chip, count)
     if len(shape) != chip.num_axes:
         example = "x".join("224"[-chip.num_axes :])
         raise ValueError(
@@ -179,12 +179,12 @@ def _hosts(name: str, shape: tuple[int, ...] | None, count: int | None) -> tuple
     if count is not None or len(shape or (1,)) != 1:
         raise ValueError(f"several GPUs are written h100:8; got {name!r}")
     num_gpus = shape[0] if shape else 1
-    if num_gpus > _GPUS_A_HOST and num_gpus % _GPUS_A_HOST:
-        raise ValueError(f"more than {_GPUS_A_HOST} GPUs must be a multiple of {_GPUS_A_HOST}, got {name!r}")
-    return max(1, num_gpus // _GPUS_A_HOST), min(num_gpus, _GPUS_A_HOST)
+    if num_gpus > _GPUS_PER_HOST and num_gpus % _GPUS_PER_HOST:
+        raise ValueError(f"more than {_GPUS_PER_HOST} GPUs must be a multiple of {_GPUS_PER_HOST}, got {name!r}")
+    return max(1, num_gpus // _GPUS_PER_HOST), min(num_gpus, _GPUS_PER_HOST)
 
 
-def _usual_shape(name: str, chip: Chip, count: int | None) -> tuple[int, ...]:
+def _default_shape(name: str, chip: Chip, count: int | None) -> tuple[int, ...]:
     """The default shape of a slice named by its size, as even as possible: 8x16 for 128 chips, 2x4x4 for 32."""
     unit = "TensorCores" if chip.cores_per_chip > 1 else "chips"
     num_chips, rest = divmod(count or 0, chip.cores_per_chip)

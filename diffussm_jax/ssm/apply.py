@@ -31,7 +31,7 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 _HALF_PRECISION = ("chunked", "pallas")  # methods that take bfloat16 without a cast to float32
 
 
-def _one_by_one(scan):
+def _per_direction(scan):
     """Adapts a method for one direction to a method for R directions."""
 
     def apply(directions, u, *, discretization, reverse):
@@ -44,7 +44,7 @@ def _one_by_one(scan):
     return apply
 
 
-def _through_positions(function: Callable) -> Callable:
+def _via_positions(function: Callable) -> Callable:
     """Adapts a function from [B, L, D] to [B, L, R * D] to the layout of phases."""
 
     def apply(directions, u, **options):
@@ -57,15 +57,15 @@ def _through_positions(function: Callable) -> Callable:
 
 # (directions, u [M, D, B, J], discretization=, reverse=) -> y [M, R, D, B, J]
 _FUNCTIONS = {
-    "recurrent": _through_positions(_one_by_one(recurrent)),
-    "associative": _through_positions(_one_by_one(associative)),
+    "recurrent": _via_positions(_per_direction(recurrent)),
+    "associative": _via_positions(_per_direction(associative)),
     "chunked": chunked,
 }
 
 
 def _function(method: str, platform: str) -> Callable:
     if method == "fft":
-        return _through_positions(functools.partial(fft, platform=platform))
+        return _via_positions(functools.partial(fft, platform=platform))
     if method != "pallas":
         return _FUNCTIONS[method]
     if platform == "cpu":

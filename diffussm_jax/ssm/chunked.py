@@ -134,10 +134,10 @@ def _carry(written: jax.Array, decay: Sequence[jax.Array], reverse: Sequence[boo
         states, _ = jax.lax.fori_loop(0, K, body, (store(jnp.zeros(written.shape)), start))
         return jax.lax.bitcast_convert_type(states, dtype)
 
-    as_it_is = functools.partial(carry, dtype)
+    native = functools.partial(carry, dtype)
     if dtype == _FLOAT:
-        return as_it_is(written, decay)
-    return jax.lax.platform_dependent(written, tuple(decay), cpu=functools.partial(carry, jnp.uint16), default=as_it_is)
+        return native(written, decay)
+    return jax.lax.platform_dependent(written, tuple(decay), cpu=functools.partial(carry, jnp.uint16), default=native)
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -187,12 +187,12 @@ def _step_turns(Lambda: jax.Array, dt: jax.Array, discretization: str) -> tuple[
     # The angles of 1 + h and of the conjugate of 1 - h. Both have the imaginary part of h.
     re = Lambda.real * dt[..., None] / 2
     im, im_low = _exact_product(Lambda.imag, dt[..., None] / 2)
-    nearest_plus, turns_plus = _direction(re, im, im_low)
-    nearest_minus, turns_minus = _direction(-re, im, im_low)
+    nearest_plus, turns_plus = _angle_in_turns(re, im, im_low)
+    nearest_minus, turns_minus = _angle_in_turns(-re, im, im_low)
     return nearest_plus + nearest_minus, turns_plus + turns_minus
 
 
-def _direction(x: jax.Array, y: jax.Array, y_low: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _angle_in_turns(x: jax.Array, y: jax.Array, y_low: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The angle of (1 + x, y + y_low) in turns: the angle of the nearest root of unity, and the rest."""
     one_x = 1 + x
     # The rounding error of the sum. reduce_precision keeps XLA from simplifying (1 + x) - 1 to x.

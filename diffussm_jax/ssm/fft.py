@@ -21,7 +21,7 @@ from diffussm_jax.ssm.kernel import taps
 from diffussm_jax.ssm.params import SSMParams
 
 
-def _directed(spectra: jax.Array, reverse: tuple[bool, ...]) -> jax.Array:
+def _conjugate_backward(spectra: jax.Array, reverse: tuple[bool, ...]) -> jax.Array:
     """Conjugates the spectra [R, ..] of backward directions."""
     sign = np.where(np.asarray(reverse), -1, 1).astype(np.float32)
     return jax.lax.complex(spectra.real, spectra.imag * sign.reshape(-1, *(1,) * (spectra.ndim - 1)))
@@ -49,7 +49,7 @@ def _convolve(u: jax.Array, kernels: jax.Array, n: int, reverse: tuple[bool, ...
 
 def _convolve_forward(u, kernels, n, reverse):
     L = u.shape[-1]
-    kernel_spectra = _directed(jnp.fft.rfft(kernels, n), reverse)
+    kernel_spectra = _conjugate_backward(jnp.fft.rfft(kernels, n), reverse)
     y = jnp.fft.irfft(jnp.fft.rfft(u, n) * kernel_spectra[:, None], n)[..., :L]
     return y, (u, kernels)
 
@@ -57,9 +57,9 @@ def _convolve_forward(u, kernels, n, reverse):
 def _convolve_backward(n, reverse, residuals, dy):
     u, kernels = residuals
     L = u.shape[-1]
-    dy_spectra, kernel_spectra = jnp.fft.rfft(dy, n), _directed(jnp.fft.rfft(kernels, n), reverse)
+    dy_spectra, kernel_spectra = jnp.fft.rfft(dy, n), _conjugate_backward(jnp.fft.rfft(kernels, n), reverse)
     du = jnp.fft.irfft(jnp.sum(kernel_spectra.conj()[:, None] * dy_spectra, 0), n)
-    dkernel_spectra = _directed(jnp.sum(jnp.fft.rfft(u, n).conj() * dy_spectra, 1), reverse)
+    dkernel_spectra = _conjugate_backward(jnp.sum(jnp.fft.rfft(u, n).conj() * dy_spectra, 1), reverse)
     return du[..., :L], jnp.fft.irfft(dkernel_spectra, n)[..., :L]
 
 

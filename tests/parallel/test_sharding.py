@@ -54,7 +54,8 @@ def programs():
     """The text of the compiled training step of each case, on 8 devices."""
     environment = os.environ | {
         # The less LLVM has to do the better: nothing is run.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        + os.environ.get("XLA_FLAGS", ""),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     command = [sys.executable, "-c", COMPILE, json.dumps(CASES)]

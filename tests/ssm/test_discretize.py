@@ -1,10 +1,13 @@
 """Discretisation against float64: one step, tiny steps, and the powers of up to 65536 steps, with their gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from ssm_problems import WELL_COMPILED
 
 from diffussm_jax.ssm import DISCRETIZATIONS, INITIALIZATIONS, bilinear, zoh
 from diffussm_jax.ssm.discretize import discretize, split_transition, transition_powers
@@ -20,7 +23,9 @@ POWER_TOLERANCE = {"zoh": (1e-6, 0), "bilinear": (1e-6, 2e-9)}
 POWER_GRADIENT_TOLERANCE = {"zoh": 1e-6, "bilinear": 2e-6}
 
 FUNCTIONS = {"zoh": zoh, "bilinear": bilinear}
-jitted_powers = jax.jit(transition_powers, static_argnames="discretization")
+# Digits are counted here, so of the code that users run.
+jit = functools.partial(jax.jit, compiler_options=WELL_COMPILED)
+jitted_powers = jit(transition_powers, static_argnames="discretization")
 
 
 def _initial_system(initialization, dt):
@@ -50,7 +55,7 @@ def test_every_discretization_is_tested():
 @pytest.mark.parametrize("discretization", FUNCTIONS)
 def test_one_step(discretization, initialization):
     system = _initial_system(initialization, np.geomspace(1e-3, 1e-1, 9, dtype=np.float32))
-    Lambda_bar, B_bar = jax.jit(FUNCTIONS[discretization])(*system)
+    Lambda_bar, B_bar = jit(FUNCTIONS[discretization])(*system)
     assert Lambda_bar.dtype == B_bar.dtype == np.complex64
     expected_Lambda_bar, expected_B_bar = oracles.discretize(*system, discretization)
     np.testing.assert_allclose(Lambda_bar, expected_Lambda_bar, rtol=0, atol=LAMBDA_BAR_TOLERANCE)
@@ -62,7 +67,7 @@ def test_one_step(discretization, initialization):
 def test_tiny_steps_keep_their_digits(discretization, initialization):
     """exp(z) - 1 in float32 would be off by 17 percent at dt = 1e-7, and by everything at 1e-8."""
     system = _initial_system(initialization, np.array([1e-8, 1e-7, 1e-6, 1e-5, 1e-4], np.float32))
-    _, B_bar = jax.jit(FUNCTIONS[discretization])(*system)
+    _, B_bar = jit(FUNCTIONS[discretization])(*system)
     np.testing.assert_allclose(B_bar, oracles.discretize(*system, discretization)[1], rtol=B_BAR_TOLERANCE)
 
 
@@ -81,7 +86,7 @@ def test_transition_powers(discretization, exponent):
 @pytest.mark.parametrize("discretization", FUNCTIONS)
 def test_split_transition_keeps_more_digits_than_one_float(discretization, num_steps):
     Lambda, dt = _slow_decay_system()
-    root, rest = jax.jit(split_transition, static_argnums=(2, 3))(Lambda, dt, discretization, num_steps)
+    root, rest = jit(split_transition, static_argnums=(2, 3))(Lambda, dt, discretization, num_steps)
     assert root.dtype == rest.dtype == np.complex64
     assert np.abs(rest).max() < 0.01
     total = np.asarray(root, np.complex128) + np.asarray(rest, np.complex128)
@@ -98,7 +103,7 @@ def test_gradient_of_transition_powers(discretization):
     rng = np.random.default_rng(1)
     real, imag = rng.normal(size=(2, *Lambda.shape, len(exponents))).astype(np.float32)
 
-    @jax.jit
+    @jit
     @jax.grad
     def gradient(p):
         powers = transition_powers(jax.lax.complex(p["re"], p["im"]), p["dt"], jnp.asarray(exponents), discretization)

@@ -6,20 +6,23 @@ import jax
 import numpy as np
 import oracles
 import pytest
+from ssm_problems import WELL_COMPILED
 
 from diffussm_jax.ssm import INITIALIZATIONS, diagonal_kernel, init_s4d, to_complex
 
 TOLERANCE = 1e-6  # relative error of the whole kernel
 D, N = 6, 64
+jit = functools.partial(jax.jit, compiler_options=WELL_COMPILED)
 
 
+@functools.cache
 def _params(initialization):
-    return to_complex(init_s4d(jax.random.key(0), D, N, initialization=initialization))
+    return jax.jit(lambda key: to_complex(init_s4d(key, D, N, initialization=initialization)))(jax.random.key(0))
 
 
 @functools.cache
 def _jitted_kernel(length, discretization):
-    return jax.jit(lambda p: diagonal_kernel(p.Lambda, p.B, p.C, p.dt, length, discretization))
+    return jit(lambda p: diagonal_kernel(p.Lambda, p.B, p.C, p.dt, length, discretization))
 
 
 @pytest.mark.parametrize("initialization", INITIALIZATIONS)
@@ -37,7 +40,7 @@ def test_kernel_is_the_vandermonde_product(initialization, discretization, lengt
 
 def test_default_discretization_is_zoh():
     p = _params("lin")
-    K = jax.jit(diagonal_kernel, static_argnums=4)(p.Lambda, p.B, p.C, p.dt, 5)
+    K = jit(diagonal_kernel, static_argnums=4)(p.Lambda, p.B, p.C, p.dt, 5)
     assert oracles.relative_error(K, oracles.kernel(p.Lambda, p.B, p.C, p.dt, 5, "zoh")) < TOLERANCE
 
 

@@ -59,8 +59,8 @@ def test_values_and_gradients(reverse, phases, batch, length, width, initializat
 
 
 def test_agrees_with_the_recurrence_of_the_package():
-    p = problem(BOTH, 3, 200, 3)
-    actual = value_and_gradients(from_sequence(pallas_gpu, 2, BOTH), p)
+    p = problem(BOTH, 20, 150, 2, initialization="legs")
+    actual = value_and_gradients(from_sequence(pallas_gpu, 2, BOTH, "zoh", max_rows=16), p)  # one of the cases above
     expected = value_and_gradients(lambda params, u: ssm_apply_bidirectional(*params, u, method="recurrent"), p)
     of_each = jax.tree.map(oracles.relative_error, actual, expected)
     assert max(jax.tree.leaves(of_each)) < 5e-6, of_each
