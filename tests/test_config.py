@@ -382,7 +382,7 @@ def test_imports_on_the_command_line_come_before_choices(tmp_path, monkeypatch):
 
 
 WRONG_COMMANDS = {
-    "key": (["--config=configs/digits.py", "--config.model.dpth=3"], 'Did you mean "(model.)?depth"'),
+    "key": (["--config=configs/digits.py", "--config.model.dpth=3"], r'Did you mean "(config\.)?(model\.)?depth"'),
     "option": (["--config=configs/digits.py", "--config.sampling.sampler=heun", "--config.sampling.eta=1"], "eta"),
     "combination": (["--config=configs/digits.py", "--config.model.hourglass_ratio=3"], "M = 3 must divide"),
     "component": (["--config=configs/digits.py", "--config.sampling.sampler=euler9"], "'euler9'; choose one of ddpm"),
