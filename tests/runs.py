@@ -19,7 +19,8 @@ def start(workdir, *flags, num_devices=1, num_processes=1):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}"
+    environment = os.environ | {"XLA_FLAGS": xla_flags}
     processes = []
     workdir.mkdir(parents=True, exist_ok=True)
     for i in range(num_processes):

@@ -178,7 +178,7 @@ def read_in_two_processes():
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2",
         "PYTHONPATH": str(Path(__file__).parent),
     }
     command = [sys.executable, "-c", PROCESS, address]
