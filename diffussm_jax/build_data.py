@@ -130,7 +130,7 @@ class DataParts:
             return vae, params
         if encoder_hash(params) != card["vae"]["encoder_sha256"]:
             raise ValueError(
-                f"the autoencoder {data.vae} does not have the encoder that made the latents of {data.path}: its SHA-256 "
-                f"is {encoder_hash(params)}, that of {card['vae']['name']} was {card['vae']['encoder_sha256']}"
+                f"the autoencoder {data.vae} does not have the encoder that made the latents of {data.path}: its "
+                f"SHA-256 is {encoder_hash(params)}, that of {card['vae']['name']} was {card['vae']['encoder_sha256']}"
             )
         return vae, params
