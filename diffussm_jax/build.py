@@ -18,7 +18,7 @@ from diffussm_jax.models import Backbone
 from diffussm_jax.models.sampling import Generator
 from diffussm_jax.parallel.mesh import over_batch, platform_of
 from diffussm_jax.training.ema import EMA
-from diffussm_jax.training.hooks import HookFactory, eval_loss, norms, posthoc_ema, sample_grid
+from diffussm_jax.training.hooks import HookFactory, eval_loss, learning_rate, posthoc_ema, sample_grid
 from diffussm_jax.training.optimizer import adamw, learning_rate_schedule
 from diffussm_jax.training.posthoc_ema import SIGMAS
 from diffussm_jax.training.task import Task
@@ -58,7 +58,7 @@ class Parts(DataParts):
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter by its path."""
-        return shapes_by_path(jax.eval_shape(lambda: self.model.init_params(self.input_shape, 0)))
+        return shapes_by_path(self.model.abstract_params(self.input_shape))
 
     @functools.cached_property
     def objective(self) -> Objective:
@@ -112,10 +112,12 @@ class Parts(DataParts):
             shapes |= {name: ((B, 2, H, W, C), jnp.float16) for name in ("mean", "log_std")}
         else:
             shapes["image"] = (B, H, W, C), jnp.uint8
-        for key, value in self.model.example_condition(1).items():
-            if key != "label":
-                shapes[key] = (B, *value.shape[1:]), value.dtype
-        return {k: jax.ShapeDtypeStruct(*of, sharding=over_batch(self.mesh)) for k, of in shapes.items()}
+        sharding = over_batch(self.mesh)
+        spec = {k: jax.ShapeDtypeStruct(*of, sharding=sharding) for k, of in shapes.items()}
+        others = {k: v for k, v in self.model.example_condition(1).items() if k != "label"}
+        return spec | jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype, sharding=sharding), others
+        )
 
     @functools.cached_property
     def task(self) -> Task:
@@ -130,7 +132,7 @@ class Parts(DataParts):
     def hooks(self) -> list[HookFactory]:
         """The hooks under today's config keys, and those of `config.hooks`."""
         config = self.config
-        hooks = [functools.partial(norms, learning_rate=self.learning_rate, every=config.log_every)]
+        hooks = [functools.partial(learning_rate, schedule=self.learning_rate, every=config.log_every)]
         if config.eval_every and self.eval_loader:
             hooks.append(functools.partial(eval_loss, loader=self.eval_loader, every=config.eval_every))
         if config.sample_every and self.trains_model:

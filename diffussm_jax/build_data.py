@@ -21,7 +21,7 @@ class DataParts:
     """The data that a config describes, each part made when it is first asked for.
 
     Attributes:
-      config: of the run; not to be changed any more.
+      config: of the run; must not be modified afterwards.
       given_mesh: the devices; if None, those of `config.mesh`.
       has_decoder: whether latents will be decoded; if not, the autoencoder is not read.
     """
@@ -130,7 +130,7 @@ class DataParts:
             return vae, params
         if encoder_hash(params) != card["vae"]["encoder_sha256"]:
             raise ValueError(
-                f"the autoencoder {data.vae} has not the encoder that made the latents of {data.path}: its SHA-256 is "
-                f"{encoder_hash(params)}, that of {card['vae']['name']} was {card['vae']['encoder_sha256']}"
+                f"the autoencoder {data.vae} does not have the encoder that made the latents of {data.path}: its "
+                f"SHA-256 is {encoder_hash(params)}, that of {card['vae']['name']} was {card['vae']['encoder_sha256']}"
             )
         return vae, params

@@ -1,4 +1,4 @@
-"""Configs: the keys of a run with their defaults, what a saved config means today, and the checks made before a run.
+"""Configs: the keys of a run, their defaults, and how a config file or a saved config is read.
 
 A file in `configs/` starts from `default_config()` or `paper_config()` and sets values. The command line overrides any
 of them, `--config.model.depth=2`.
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from diffussm_jax import migrations, registry
 from diffussm_jax.models import DIFFUSSM_SIZES
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Range, check_names, flatten, options_of
+from diffussm_jax.training.checkpoint import EVAL_LOSS
 from diffussm_jax.training.optimizer import DECAYS
 
 # Channels that classifier-free guidance acts on, by the values of config.sampling.guided_channels.
@@ -30,10 +31,10 @@ GUIDED_CHANNELS = {"all": None, "first_three": 3}
 
 
 @dataclasses.dataclass
-class Run:
+class General:
     """Keys of the config itself."""
 
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
     batch_size: Annotated[int, Range(1)] = 256  # global, over all devices
     num_steps: Annotated[int, Range(1)] = 400_000
     log_every: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 100
@@ -42,8 +43,8 @@ class Run:
     checkpoint_every: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 5_000  # the newest two and the best are kept
     keep_every: Annotated[int, Range(0), CHANGEABLE_ON_RESUME] = 0  # checkpoints of its multiples are kept; 0: none
     posthoc_ema_every: Annotated[int, Range(0)] = 0  # averages are stored for post-hoc EMA; 0: never
-    best_metric: Annotated[str, CHANGEABLE_ON_RESUME] = "eval_loss"  # by which the best checkpoint is kept
-    best_mode: Annotated[str, Choices(("min", "max")), CHANGEABLE_ON_RESUME] = "min"
+    best_metric: Annotated[str, CHANGEABLE_ON_RESUME] = EVAL_LOSS.metric  # by which the best checkpoint is kept
+    best_mode: Annotated[str, Choices(("min", "max")), CHANGEABLE_ON_RESUME] = EVAL_LOSS.mode
     imports: Annotated[tuple, CHANGEABLE_ON_RESUME] = ()  # modules that register more components
 
 
@@ -98,7 +99,7 @@ class Sampling:
 
     sampler: str = "ddpm"
     num_steps: Annotated[int, Range(1)] = 250
-    guidance_scale: Annotated[float, Range(0)] = 1.0  # 1: none
+    guidance_scale: float = 1.0  # 1: none
     guided_channels: Annotated[str, Choices(GUIDED_CHANNELS)] = "all"
     guidance_interval: tuple = (0.0, math.inf)  # in t
     num_grid_rows: Annotated[int, Range(1)] = 8  # of the grid that training draws
@@ -127,7 +128,7 @@ _NAMED_GROUPS = {"task": "task", "model": "model", "conditioners.": "conditioner
 
 def default_config() -> ConfigDict:
     """Every key of a run, with its default."""
-    config = ConfigDict({name: option.default for name, option in options_of(Run).items()})
+    config = ConfigDict({name: option.default for name, option in options_of(General).items()})
     config.task = registry.group("task", "diffusion")
     config.model = registry.group("model", "diffussm")
     config.conditioners = ConfigDict({"label": registry.group("conditioner", "label")})
@@ -139,7 +140,7 @@ def default_config() -> ConfigDict:
 
 def complete(config: ConfigDict) -> ConfigDict:
     """Adds missing keys, those of the chosen components included, with their defaults; returns the same config."""
-    for path, keys in {"": Run, **GROUPS}.items():
+    for path, keys in {"": General, **GROUPS}.items():
         group = config[path] if path else config
         for name, option in options_of(keys).items():
             if name not in group:
@@ -190,6 +191,8 @@ def choose(config: ConfigDict, key: str, name: str) -> None:
       ValueError: the key chooses nothing, or there is no such component.
     """
     path, _, last = key.rpartition(".")
+    if is_choice(key) and key in {found for found, *_ in chosen(config)} and value_at(config, key) == name:
+        return
     if key in _FLAT_CHOICES:
         kind, group = _FLAT_CHOICES[key], value_at(config, path)
         old, new = registry.options(kind, group[last]), registry.component(kind, name, key)
@@ -199,13 +202,17 @@ def choose(config: ConfigDict, key: str, name: str) -> None:
         return
     kind = _kind_of_group(config, path) if last == "name" else None
     if kind is None:
+        check_keys([key], [found for found, *_ in chosen(config)])
         raise ValueError(f"config.{key} chooses no component")
     registry.component(kind, name, key)
     parent, _, own = path.rpartition(".")
     parent = value_at(config, parent) if parent else config
     group = registry.group(kind, name)
     old = parent.get(own, ConfigDict())
-    group.update({k: v for k, v in old.items() if k in group and k != "name" and not isinstance(v, ConfigDict)})
+    for option, value in group.items():
+        # Nested components are kept as a whole.
+        if option in old and option != "name" and isinstance(value, ConfigDict) == isinstance(old[option], ConfigDict):
+            group[option] = old[option]
     parent[own] = group
 
 

@@ -1,10 +1,12 @@
 """From a config to the `Experiment` that the training loop runs: checks first, then everything that is needed."""
 
+import copy
+
 import jax
 from ml_collections import ConfigDict
 
 from diffussm_jax.build import Parts
-from diffussm_jax.config import to_plain
+from diffussm_jax.config import complete, to_plain
 from diffussm_jax.training.checkpoint import Best
 from diffussm_jax.training.loop import Experiment
 from diffussm_jax.validation import check_same_experiment, validate
@@ -17,9 +19,15 @@ def build_experiment(config: ConfigDict) -> Experiment:
       ValueError: the config is wrong (`validation.validate`), or its data do not fit it.
       FileNotFoundError: its data cannot be had.
     """
+    config = complete(copy.deepcopy(config).unlock())
     validate(config, jax.device_count())
     plain = to_plain(config)
     parts = Parts(config, has_decoder=config.sample_every > 0)
+    if parts.trains_model and (missing := sorted(parts.model.conditioners.keys() - parts.train_records[0].keys())):
+        raise ValueError(
+            f"config.conditioners has {missing}, but a record of config.data.source = {config.data.source!r} has only "
+            f"{sorted(parts.train_records[0])}"
+        )
     return Experiment(
         train_loader=parts.train_loader,  # first: data that are not there should be found before an autoencoder is read
         hooks=parts.hooks,

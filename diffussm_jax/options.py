@@ -112,9 +112,11 @@ def options_of(component) -> dict[str, Option]:
         is_option = isinstance(default, _PLAIN) or Component in found
         if not is_option or NOT_AN_OPTION in extras:
             continue
+        stated = typing.get_args(annotation)[0] if extras else annotation
+        kind = stated if stated in _PLAIN else type(default)
         options[name] = Option(
-            default=default,
-            type=type(default),
+            default=kind(default) if kind is float else default,
+            type=kind,
             range=found.get(Range),
             choices=found.get(Choices),
             component=found.get(Component),

@@ -17,7 +17,8 @@ What a component of each kind is called with, beside its options, and what it mu
     process                                   `diffusion.Process`
     target                                    `diffusion.Target`
     sampler                                   `diffusion.Sampler`
-    source       path, split                  `data.sources.Source` of images, or records (`data.loader.Records`)
+    source       path, split                  `data.sources.Source` of images; or records of latents with a
+                                              `card` and `holds_latents = True`, as `data.latents.Latents`
     hook         context                      `training.task.Hook`
 
 A task component that trains `parts.model` says so by an attribute `trains_model = True`; then the run can be sampled.

@@ -9,7 +9,6 @@ Configs and checkpoints of older versions are read too.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
@@ -117,16 +116,20 @@ class Run:
         Raises:
           ValueError: a value is not allowed.
         """
-        config = copy.deepcopy(self.config)
-        _set_sampling(config, sampling)
-        validate(config)
-        return Run(dataclasses.replace(self.parts, config=config), self.params)
+        key = tuple(sorted(sampling.items()))
+        if key not in self._variants:  # each compiles a program of its own
+            config = config_lib.override(self.config, _dotted(sampling))
+            validate(config)
+            self._variants[key] = Run(dataclasses.replace(self.parts, config=config), self.params)
+        return self._variants[key]
+
+    @functools.cached_property
+    def _variants(self) -> dict[tuple, "Run"]:
+        return {}
 
 
-def _set_sampling(config: ConfigDict, values: dict) -> None:
-    if "sampler" in values:
-        config_lib.choose(config, "sampling.sampler", values["sampler"])
-    config.sampling.update(values)
+def _dotted(sampling: dict) -> dict:
+    return {f"sampling.{key}": value for key, value in sampling.items()}
 
 
 def choose_labels(labels: Sequence[int] | None, num_samples: int, num_classes: int) -> np.ndarray:
@@ -145,7 +148,7 @@ def choose_labels(labels: Sequence[int] | None, num_samples: int, num_classes: i
     return np.resize(chosen, num_samples).astype(np.int32)
 
 
-def load_config(workdir: epath.PathLike) -> ConfigDict:
+def read_config(workdir: epath.PathLike) -> ConfigDict:
     """The config of a run, also of one that an older version made.
 
     Raises:
@@ -159,10 +162,11 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
 
 def load_run(
     workdir: epath.PathLike,
-    checkpoint: str = "latest",
+    checkpoint: str | int = "latest",
     *,
     ema_sigma: float | None = None,
     vae: str | None = None,
+    has_decoder: bool = True,
     **sampling,
 ) -> Run:
     """Opens a run, with the averaged weights of a checkpoint.
@@ -173,31 +177,33 @@ def load_run(
       ema_sigma: relative standard deviation of a post-hoc EMA (`training.posthoc_ema`), for a run that stored averages;
         the checkpoint's own average if None.
       vae: a diffusers folder or repository of the autoencoder that decodes latents; the config's if None.
+      has_decoder: whether latents will be decoded to images; if not, no autoencoder is needed.
       **sampling: other values for keys of `config.sampling`.
 
     Raises:
       FileNotFoundError: there is no run, or no checkpoint of it.
       ValueError: an option is not allowed, or the checkpoint is of another model.
     """
-    config = load_config(workdir)
-    _set_sampling(config, sampling)
+    config = config_lib.override(read_config(workdir), _dotted(sampling))
     config.data.vae = vae or config.data.vae
     config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     validate(config)
     mesh = make_mesh()
-    parts = Parts(config, mesh)
+    parts = Parts(config, mesh, has_decoder)
+    if not parts.trains_model:
+        raise ValueError(f"the task {config.task.name!r} of {workdir} trains no model that could be sampled from")
     parts.codec  # noqa: B018 - an autoencoder that is missing should be found before anything large is read
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        jax.eval_shape(lambda: parts.model.init_params(parts.input_shape, 0)),
+        parts.model.abstract_params(parts.input_shape),
     )
     if ema_sigma is None:
         best = Best(config.best_metric, config.best_mode)
         with contextlib.closing(Checkpointer(workdir, best=best, is_read_only=True)) as checkpointer:
-            params = checkpointer.restore_ema(checkpointer.resolve(checkpoint), like)
+            params = checkpointer.restore_ema(checkpointer.resolve(str(checkpoint)), like)
     else:
         with contextlib.closing(Snapshots(workdir, is_read_only=True)) as snapshots:
-            params = snapshots.reconstruct(ema_sigma, like, step=_snapshot_step(checkpoint))
+            params = snapshots.reconstruct(ema_sigma, like, step=_snapshot_step(str(checkpoint)))
     return Run(parts, params)
 
 

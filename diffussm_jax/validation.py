@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from diffussm_jax import config as config_lib
-from diffussm_jax import registry
+from diffussm_jax import migrations, registry
 from diffussm_jax.build import Parts
+from diffussm_jax.diffusion import check_guidance
 from diffussm_jax.options import Option, flatten, options_of
 from diffussm_jax.parallel.mesh import mesh_shape
 from diffussm_jax.parallel.sharding import spec_of
 
-# Groups of which everything may change on resume.
+# Groups whose keys may all change on resume.
 _CHANGEABLE_GROUPS = ("sampling", "mesh", "hooks")
 
 
@@ -23,7 +24,7 @@ def known_options(config: ConfigDict) -> dict[str, Option]:
     Raises:
       ValueError: there is no component of a chosen name.
     """
-    found = {key: option for key, option in options_of(config_lib.Run).items()}
+    found = {key: option for key, option in options_of(config_lib.General).items()}
     for group, keys in config_lib.GROUPS.items():
         found |= {f"{group}.{key}": option for key, option in options_of(keys).items()}
     for key, kind, group in config_lib.chosen(config):
@@ -48,13 +49,27 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         message names the key, the value and what is allowed.
     """
     config_lib.import_modules(config)
-    config = config_lib.complete(copy.deepcopy(config))
+    config = config_lib.complete(copy.deepcopy(config).unlock())
     known, values = known_options(config), flatten(config)
     values = {key: value for key, value in values.items() if not isinstance(value, ConfigDict)}  # empty groups
-    config_lib.check_keys(values, known)
+    _check_keys(config, values, known)
     for key, option in known.items():
         option.check(f"config.{key}", values[key])
     _check_combinations(config, num_devices)
+
+
+def _check_keys(config: ConfigDict, values: Mapping, known: Mapping) -> None:
+    """ValueError for an unknown key; if it is an option of another component, the message says how to choose one."""
+    for key in values.keys() - known.keys():
+        path, _, name = key.rpartition(".")
+        for choice, kind, group in config_lib.chosen(config):
+            own, _, last = choice.rpartition(".")
+            if own == path and any(name in registry.options(kind, other) for other in registry.names(kind)):
+                raise ValueError(
+                    f"config.{key} is no option of config.{choice} = {group[last]!r}; to choose another component with "
+                    f"its options, use diffussm_jax.config.choose or --config.{choice}={group[last]}"
+                )
+    config_lib.check_keys(values, known)
 
 
 def _check_combinations(config: ConfigDict, num_devices: int) -> None:
@@ -72,7 +87,7 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
             f"config.data.downsampling and scaling_factor must be 1 for pixels, got {data.downsampling} and "
             f"{data.scaling_factor}"
         )
-    if data.random_crop and (parts.has_latents or data.source == "digits"):
+    if data.random_crop and not getattr(registry.component("source", data.source), "is_croppable", True):
         raise ValueError(f"config.data.random_crop is for the source images, not {data.source}")
     if sampling.guidance_scale != 1:
         dropouts = {key: group.get("dropout", 1) for key, group in parts.condition_groups.items()}
@@ -83,11 +98,10 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
                 "config.conditioners"
             )
     _explain("config.diffusion", lambda: parts.objective)
-    process = parts.objective.process
-    if process.num_steps is not None and sampling.num_steps > process.num_steps:
-        raise ValueError(
-            f"config.sampling.num_steps = {sampling.num_steps} exceeds config.diffusion.num_steps = {process.num_steps}"
-        )
+    _explain("config.sampling", lambda: parts.objective.process.times(sampling.num_steps))
+    channels = config_lib.GUIDED_CHANNELS[sampling.guided_channels]
+    guidance = (sampling.guidance_scale, sampling.guidance_interval, channels, data.num_channels)
+    _explain("config.sampling", lambda: check_guidance(*guidance))
     _explain("config.model", lambda: parts.model.check(parts.input_shape))
     _explain("config.optimizer", lambda: parts.learning_rate)
     mesh = _explain("config.mesh", lambda: mesh_shape(**config.mesh.to_dict(), num_devices=num_devices))
@@ -133,10 +147,16 @@ def check_same_experiment(saved: dict, config: dict, where: str) -> None:
       ValueError: the configs are of different experiments; every key that differs is listed.
     """
     today = config_lib.from_plain(config)
+    try:
+        saved = migrations.migrate(saved)
+        changed = {key: config[key] for key in (*_CHANGEABLE_GROUPS, "imports")}  # which may be gone
+        saved = config_lib.from_plain(migrations.stamp(saved | changed))
+    except ValueError as error:
+        raise ValueError(f"the config saved in {where} cannot be read: {error}") from error
     changeable = {key for key, option in known_options(today).items() if option.is_changeable_on_resume}
     if today.optimizer.decay == "constant":
         changeable.add("num_steps")
-    old = flatten(json.loads(json.dumps(config_lib.to_plain(config_lib.from_plain(saved)))))
+    old = flatten(json.loads(json.dumps(config_lib.to_plain(saved))))
     new = flatten(json.loads(json.dumps(config)))
     differing = [
         f"config.{key}: was {old.get(key)!r}, is {new.get(key)!r}"

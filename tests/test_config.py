@@ -325,7 +325,7 @@ def parsed(monkeypatch, *arguments):
     """The config that a program gets from these arguments."""
     values = flags.FlagValues()
     holder = cli.define_config(values)
-    monkeypatch.setattr(sys, "argv", ["program", *(cli._renamed(argument) for argument in arguments)])
+    monkeypatch.setattr(sys, "argv", ["program", *(cli._current_name(argument) for argument in arguments)])
     values(sys.argv)
     return holder.value
 

@@ -22,7 +22,7 @@ from diffussm_jax import load_run, migrations
 from diffussm_jax.config import choose, default_config, from_plain, to_plain
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.options import flatten
-from diffussm_jax.run import load_config
+from diffussm_jax.run import read_config
 from diffussm_jax.training.checkpoint import Checkpointer
 from diffussm_jax.training.loop import train
 from diffussm_jax.validation import check_same_experiment, known_options, validate
@@ -84,7 +84,7 @@ def rows(workdir):
 def test_every_key_of_the_old_config_has_its_meaning_today(old_run):
     saved = json.loads((old_run / "config.json").read_text())
     assert "format" not in saved
-    config = load_config(old_run)
+    config = read_config(old_run)
     validate(config)
     expected = {migrations.MOVED.get(key, key): value for key, value in flatten(saved).items()}
     expected["sampling.guidance_interval"] = (0.0, np.inf)

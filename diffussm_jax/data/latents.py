@@ -320,6 +320,7 @@ class Latents:
     """
 
     holds_latents = True
+    is_croppable = False
 
     def __init__(self, path: epath.PathLike, split: str):
         import tensorflow_datasets as tfds

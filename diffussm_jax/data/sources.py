@@ -110,6 +110,7 @@ class Digits:
     """
 
     class_names = tuple("0123456789")
+    is_croppable = False
 
     def __init__(self, split: str):
         from sklearn.datasets import load_digits

@@ -10,7 +10,7 @@ A denoiser is a function (x_t [B, ..., C], t [B]) -> `Prediction`. Times are tho
 (arXiv 2006.11239) and Improved DDPM (arXiv 2102.09672).
 """
 
-from diffussm_jax.diffusion.guidance import both, clipped, guided, pair
+from diffussm_jax.diffusion.guidance import both, check_guidance, clipped, guided, pair
 from diffussm_jax.diffusion.objective import Denoise, Drawn, Objective, Prediction
 from diffussm_jax.diffusion.processes import (
     DiscreteProcess,
@@ -44,6 +44,7 @@ __all__ = [
     "V",
     "Velocity",
     "both",
+    "check_guidance",
     "clipped",
     "cosine_schedule",
     "guided",

@@ -42,8 +42,23 @@ def pair(denoise_a: Denoise, denoise_b: Denoise) -> Pair:
     return lambda x_t, t: (denoise_a(x_t, t), denoise_b(x_t, t))
 
 
+def check_guidance(
+    scale: float, interval: tuple[float, float], num_guided_channels: int | None, num_channels: int
+) -> None:
+    """Raises ValueError if the scale is negative, the interval no interval, or there are fewer channels."""
+    if not scale >= 0:
+        raise ValueError(f"the guidance scale must not be negative, got {scale}")
+    is_pair = len(interval) == 2 and all(isinstance(end, int | float) for end in interval)
+    if not is_pair or not interval[0] <= interval[1]:
+        raise ValueError(f"the guidance interval must be (low, high) with low <= high, got {interval}")
+    if num_guided_channels is not None and not 1 <= num_guided_channels <= num_channels:
+        raise ValueError(
+            f"num_guided_channels must be from 1 to the {num_channels} channels of x_t, got {num_guided_channels}"
+        )
+
+
 def guided(
-    both: Pair,
+    predictions: Pair,
     conditional: Denoise,
     *,
     scale: float,
@@ -55,7 +70,7 @@ def guided(
     x_0 and noise are combined with the same weights; the variance is the conditional one.
 
     Args:
-      both: gives the conditional and the unconditional prediction.
+      predictions: gives the conditional and the unconditional prediction.
       conditional: the denoiser without guidance.
       scale: 1 is no guidance, and costs no second evaluation.
       num_guided_channels: guides only the first channels, as DiT does with three; all if None.
@@ -65,20 +80,15 @@ def guided(
     Raises:
       ValueError: the scale is negative, the interval is empty, or there are fewer channels.
     """
-    if not scale >= 0:
-        raise ValueError(f"the guidance scale must not be negative, got {scale}")
-    if not interval[0] <= interval[1]:
-        raise ValueError(f"the guidance interval must be (low, high) with low <= high, got {interval}")
+    check_guidance(scale, interval, None, 0)
     if scale == 1:
         return conditional
 
     def guide(x_t, t):
         C = x_t.shape[-1]
-        num_guided = C if num_guided_channels is None else num_guided_channels
-        if not 1 <= num_guided <= C:
-            raise ValueError(f"num_guided_channels must be from 1 to the {C} channels of x_t, got {num_guided}")
-        is_guided = jnp.arange(C) < num_guided
-        cond, uncond = both(x_t, t)
+        check_guidance(scale, interval, num_guided_channels, C)
+        is_guided = jnp.arange(C) < (C if num_guided_channels is None else num_guided_channels)
+        cond, uncond = predictions(x_t, t)
 
         def combine(c, u):
             return jnp.where(is_guided, u + scale * (c - u), c)

@@ -44,11 +44,11 @@ class Costs(NamedTuple):
         return sum(self.multiply_adds.values())
 
 
-def class_labels(num_classes: int, dropout: float = 0.1) -> dict[str, ConditionerFactory]:
-    """The conditioners of a class-conditional model; none for 0 classes."""
+def class_labels(num_classes: int, **options) -> dict[str, ConditionerFactory]:
+    """The conditioners of a class-conditional model, with the options of `LabelEmbed`; none for 0 classes."""
     if num_classes == 0:
         return {}
-    return {"label": functools.partial(LabelEmbed, num_classes=num_classes, dropout=dropout)}
+    return {"label": functools.partial(LabelEmbed, num_classes=num_classes, **options)}
 
 
 class Backbone(nn.Module, kw_only=True):
@@ -72,11 +72,15 @@ class Backbone(nn.Module, kw_only=True):
 
     def count_parameters(self, input_shape: tuple[int, int, int]) -> dict[str, int]:
         """Number of parameters by top-level part, without building any array."""
-        shapes = jax.eval_shape(lambda: self.init_params(input_shape, 0))
+        shapes = self.abstract_params(input_shape)
         return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
 
+    def abstract_params(self, input_shape: tuple[int, int, int]) -> dict:
+        """Shapes and dtypes of the parameters for inputs (H, W, C)."""
+        return jax.eval_shape(lambda: self.init_params(input_shape, 0))
+
     def init_params(self, input_shape: tuple[int, int, int], seed: int) -> dict:
-        """Fresh float32 parameters for inputs (H, W, C); under `jax.eval_shape`, shapes alone."""
+        """Fresh float32 parameters for inputs (H, W, C)."""
 
         def init():
             x_t, t = jnp.zeros((1, *input_shape)), jnp.zeros(1, jnp.int32)

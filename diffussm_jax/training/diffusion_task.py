@@ -18,10 +18,12 @@ from diffussm_jax.parallel.mesh import over_batch, replicated
 from diffussm_jax.parallel.sharding import shardings
 from diffussm_jax.training.ema import EMA
 from diffussm_jax.training.state import TrainState
-from diffussm_jax.training.step import Losses, apply_gradients, create_state, gradients
+from diffussm_jax.training.step import Losses, apply_gradients, create_state, gradients, norms
 
 Batch = dict[str, jax.Array]
-_EVAL_SALT = 0x5EED  # keeps evaluation's noise apart from any training step's
+# Sets the noise of evaluation apart. It is also the key of step 24,301; another salt would change the held-out loss of
+# runs that resume.
+_EVAL_SALT = 0x5EED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,8 @@ class DiffusionTask:
     optimizer: optax.GradientTransformation
     ema: EMA
     batch_spec: dict[str, jax.ShapeDtypeStruct]
-    accumulation_steps: int = 1
-    max_skipped_steps: int = 10
+    accumulation_steps: int
+    max_skipped_steps: int
     seed: int
     mesh: Mesh
 
@@ -79,6 +81,10 @@ class DiffusionTask:
     def eval_params(self, state: TrainState):
         """The averaged parameters."""
         return state.ema_params
+
+    def state_metrics(self, state: TrainState) -> Losses:
+        """The norm of the parameters, and their distance to the average."""
+        return norms(state.params, state.ema_params)
 
     @property
     def multiply_adds(self) -> int:

@@ -1,4 +1,4 @@
-"""The hooks that come with the package: held-out loss, sample grids, norms, snapshots for post-hoc EMA.
+"""The hooks that come with the package: held-out loss, sample grids, learning rate, post-hoc EMA.
 
 A hook is made by a function of a `HookContext` and its options, so that a config can choose it.
 """
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -94,17 +93,10 @@ def posthoc_ema(context: HookContext, *, every: int) -> Hook:
     return Hook("posthoc_ema", every, run, snapshots.close)
 
 
-@jax.jit
-def _norms(params, averaged) -> dict[str, jax.Array]:
-    difference = jax.tree.map(jnp.subtract, params, averaged)
-    return {"param_norm": optax.tree.norm(params), "ema_distance": optax.tree.norm(difference)}
-
-
-def norms(context: HookContext, *, learning_rate: optax.Schedule, every: int) -> Hook:
-    """Logs "learning_rate", as used in the last step, "param_norm", and the parameters' distance to their average."""
+def learning_rate(context: HookContext, *, schedule: optax.Schedule, every: int) -> Hook:
+    """Logs "learning_rate", as used in the last step, and the task's metrics of the state."""
 
     def run(state, step):
-        found = jax.device_get(_norms(state.params, context.task.eval_params(state)))
-        return {"learning_rate": float(learning_rate(step - 1))} | {name: float(x) for name, x in found.items()}
+        return {"learning_rate": schedule(step - 1), **jax.device_get(context.task.state_metrics(state))}
 
-    return Hook("norms", every, run)
+    return Hook("learning_rate", every, run)

@@ -97,9 +97,10 @@ def train(
             write_whole(path, json.dumps(e.config, indent=2))
         log = stack.enter_context(contextlib.closing(MetricsLog(workdir, step, wandb_project, e.config)))
         profile = stack.enter_context(contextlib.closing(Profile(workdir, profile_steps)))
-        hooks = [make(HookContext(workdir, log, e.task)) for make in e.hooks]
-        for hook in hooks:
-            stack.callback(hook.close)
+        hooks = []
+        for make in e.hooks:
+            hooks.append(make(HookContext(workdir, log, e.task)))
+            stack.callback(hooks[-1].close)
         return _Run(e, checkpointer, hooks, log, profile, window).run(state, step)
 
 
@@ -172,7 +173,11 @@ class _Run:
         if due:
             with self._clock.paused(state):
                 for hook in due:
-                    metrics |= hook.run(state, step)
+                    try:
+                        metrics |= {name: float(value) for name, value in hook.run(state, step).items()}
+                    except Exception as error:
+                        error.add_note(f"in the hook {hook.name!r}, step {step}")
+                        raise
         return metrics
 
     def _measure(self, state: Any, step: int, bar: tqdm) -> dict[str, float]:

@@ -27,7 +27,8 @@ def learning_rate_schedule(learning_rate: float, *, warmup_steps: int, decay: st
 def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by -schedule(step), where `step` is passed to `update`.
 
-    optax counts the updates that it made. A step that was skipped is none, and so a cosine would never reach its end.
+    optax counts only the updates that it makes. Skipped steps would delay the schedule, and a cosine would not reach
+    its end.
     """
 
     def init(params):

@@ -99,9 +99,7 @@ class Snapshots:
         """
         steps = self._store.steps()
         if not steps:
-            raise FileNotFoundError(
-                f"no averages in {self._store.directory}: train with config.posthoc_ema_every"
-            )
+            raise FileNotFoundError(f"no averages in {self._store.directory}: train with config.posthoc_ema_every")
         step = steps[-1] if step is None else step
         if step not in steps:
             raise ValueError(f"no averages of step {step} in {self._store.directory}; choose one of {steps}")

@@ -22,7 +22,8 @@ def gradients(loss_fn: Callable[[Any, Any], Losses], params, batch, num_microbat
       loss_fn: (params, batch) -> mean losses by name; "loss" is differentiated.
       params: pytree of parameters.
       batch: pytree of arrays [B, ...].
-      num_microbatches: the batch is computed in this number of parts, one after the other, to save memory.
+      num_microbatches: the batch is computed in this number of parts, one after the other, to save memory; more than
+        one need a mesh, as `jax.sharding.use_abstract_mesh` sets it.
     """
 
     def loss_and_rest(params, batch):
@@ -43,6 +44,13 @@ def gradients(loss_fn: Callable[[Any, Any], Losses], params, batch, num_microbat
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, params, batch))
     total, _ = jax.lax.scan(add_part, zeros, jax.tree.map(cut, batch))
     return jax.tree.map(lambda x: x / num_microbatches, total)
+
+
+@jax.jit
+def norms(params, averaged) -> Losses:
+    """ "param_norm", and "ema_distance" between parameters and their average: Euclidean norms over all of them."""
+    difference = jax.tree.map(jnp.subtract, params, averaged)
+    return {"param_norm": optax.tree.norm(params), "ema_distance": optax.tree.norm(difference)}
 
 
 def create_state(params, optimizer: optax.GradientTransformation, ema: EMA) -> TrainState:

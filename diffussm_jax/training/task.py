@@ -8,7 +8,10 @@ from jax.sharding import Mesh
 
 
 class Task(Protocol):
-    """What is trained. The loop reads `state.step` and `state.skipped_in_a_row`, and nothing else of a state.
+    """What is trained.
+
+    A state is a dataclass and a pytree. The loop reads its fields `step` and `skipped_in_a_row`. If it has a field
+    `ema_params`, that must be what `eval_params` returns; the checkpoint then holds it once.
 
     Attributes:
       mesh: the devices.
@@ -36,16 +39,19 @@ class Task(Protocol):
     def eval_params(self, state: Any) -> Any:
         """The parameters to evaluate and to sample from; the checkpoint's item "ema"."""
 
+    def state_metrics(self, state: Any) -> dict[str, jax.Array]:
+        """Scalars of a state for each row of metrics, such as the norm of its parameters."""
+
 
 class Hook(NamedTuple):
-    """Something done every so often during training.
+    """An action at regular intervals during training.
 
     Attributes:
-      name: for messages.
+      name: for error messages.
       every: interval in steps; 0 is never. It also runs after the last step.
-      run: (state, step) -> metrics for that step's row. Called in all processes; files are written by the first. It
-        must not keep the state, whose buffers are donated, and must be idempotent: a resumed run may come by again. It
-        runs before the checkpoint of the same step is saved.
+      run: (state, step) -> metrics for that step's row. Called in all processes, it must return the same metrics in
+        each, and writes files in the first only. It must not keep the state, whose buffers are donated, and must be
+        idempotent, because a resumed run may repeat the step. It runs before the checkpoint of that step is saved.
       close: called at the end of training.
     """
 

@@ -37,7 +37,7 @@ class Window:
     def to_json(self) -> dict:
         """The window so far, as plain values."""
         self._fetch()
-        return {"sums": self._sums, "num_taken": self._num_taken, "num_skipped": self._num_skipped}
+        return {"sums": dict(self._sums), "num_taken": self._num_taken, "num_skipped": self._num_skipped}
 
     def close(self) -> tuple[dict[str, float], int]:
         """The mean of each metric over the steps taken, and the number of skipped steps; starts a new window."""

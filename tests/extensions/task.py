@@ -10,8 +10,9 @@ import optax
 
 from diffussm_jax.models import S4D
 from diffussm_jax.options import Range
+from diffussm_jax.parallel.mesh import replicated
 from diffussm_jax.registry import register
-from diffussm_jax.training.step import apply_gradients, create_state, gradients
+from diffussm_jax.training.step import apply_gradients, create_state, gradients, norms
 
 
 class Network(nn.Module):
@@ -41,7 +42,7 @@ class Classifier:
             images = jnp.zeros((1, *self.batch_spec["image"].shape[1:]))
             return create_state(self._network.init(jax.random.key(0), images)["params"], self._optimizer, self._ema)
 
-        return jax.jit(create)()
+        return jax.jit(create, out_shardings=replicated(self.mesh))()
 
     @functools.cached_property
     def abstract_state(self):
@@ -49,6 +50,9 @@ class Classifier:
 
     def eval_params(self, state):
         return state.ema_params
+
+    def state_metrics(self, state):
+        return norms(state.params, state.ema_params)
 
     def _losses(self, params, batch):
         logits = self._network.apply({"params": params}, batch["image"])

@@ -15,7 +15,7 @@ from runs import DIGITS, QUIET, losses, run, start
 
 from diffussm_jax.build import Parts
 from diffussm_jax.parallel.mesh import make_mesh
-from diffussm_jax.run import load_config
+from diffussm_jax.run import read_config
 from diffussm_jax.training.checkpoint import Checkpointer
 
 NUM_KILLS, NUM_STEPS = int(os.environ.get("DIFFUSSM_KILLS", "5")), 300
@@ -23,7 +23,7 @@ FLAGS = (*DIGITS, *QUIET, f"--config.num_steps={NUM_STEPS}", "--config.checkpoin
 
 
 def final_state(workdir):
-    task = Parts(load_config(workdir), make_mesh(1)).task
+    task = Parts(read_config(workdir), make_mesh(1)).task
     with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
         return jax.device_get(checkpointer.restore(NUM_STEPS, task.abstract_state))
 

@@ -21,6 +21,7 @@ from diffussm_jax.main import parse_steps
 from diffussm_jax.training import hooks, telemetry
 from diffussm_jax.training.loop import train
 from diffussm_jax.training.metrics import MetricsLog
+from diffussm_jax.training.step import norms
 
 
 def test_rows_hold_speed_and_norms(tiny_run):
@@ -45,10 +46,10 @@ def test_mfu_is_as_it_is_defined(monkeypatch):
 
 def test_norms_are_euclidean_over_all_parameters_and_the_rate_is_that_of_the_last_step():
     params, ema = {"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}, {"a": jnp.array([3.0]), "b": jnp.array([[2.0]])}
-    task = types.SimpleNamespace(eval_params=lambda state: ema)
+    task = types.SimpleNamespace(state_metrics=lambda state: norms(state, ema))
     context = hooks.HookContext(workdir=None, log=None, task=task)
-    hook = hooks.norms(context, learning_rate=lambda step: step / 10, every=5)
-    found = hook.run(types.SimpleNamespace(params=params), step=3)
+    hook = hooks.learning_rate(context, schedule=lambda step: step / 10, every=5)
+    found = hook.run(params, step=3)
     assert found == {"learning_rate": 0.2, "param_norm": 5.0, "ema_distance": 2.0} and hook.every == 5
 
 

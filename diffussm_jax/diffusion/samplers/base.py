@@ -68,6 +68,7 @@ def sample(
         row, steps_left = of_step
         return sampler.step(at_scalar_time, carry, row, jax.random.fold_in(key, steps_left)), None
 
+    # Keys are counted down, so that samples equal those of earlier versions.
     rows = jax.tree.map(_to_device, sampler.plan(process, times))
     steps_left = jnp.arange(len(times) - 2, -1, -1, dtype=jnp.int32)
     carry, _ = jax.lax.scan(body, sampler.init(x_T.astype(jnp.float32)), (rows, steps_left))
