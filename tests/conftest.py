@@ -9,9 +9,9 @@ from importlib import metadata
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffussm_jax_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# And compile fast, by leaving machine code as it comes, and by the older of XLA's ways to write it, where there are two:
-# together a third of the time, and programs so small run for less long than they compile. As for users is compiled where
-# digits are counted (`ssm_problems.WELL_COMPILED`), and with JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= everything.
+# And compile fast, by leaving machine code as it comes, and by the older of XLA's ways to write it, where there are
+# two: together a third of the time, and programs so small run for less long than they compile. As for users is compiled
+# where digits are counted (`ssm_problems.WELL_COMPILED`), and all with JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA ends a process for a flag that it does not know, as jaxlib 0.12 does not know this one.
 if metadata.version("jaxlib").startswith("0.10."):

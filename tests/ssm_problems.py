@@ -25,7 +25,7 @@ if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):  # else thi
 
 
 class Problem(NamedTuple):
-    """Channels are independent: of several schemes, those of each stand side by side, [D] in each direction's [S * D]."""
+    """Channels are independent: of S schemes, the D of each stand side by side."""
 
     schemes: tuple[str, ...]
     reals: list  # the parameters of each direction, as `init_s4d` has them

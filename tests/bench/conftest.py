@@ -1,4 +1,4 @@
-"""The benchmarks' command line in this process: what it prints, without the seconds that a new process takes to start."""
+"""The benchmarks' command line in this process: what it prints, without the seconds that a new one takes to start."""
 
 import pytest
 from absl.testing import flagsaver
