@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-DIGITS = ("--config=configs/digits.py", "--config.model.width=32", "--config.model.depth=2")
+SMALL = ("--config.model.width=32", "--config.model.depth=2", "--config.model.scan_unroll=1")
+DIGITS = ("--config=configs/digits.py", *SMALL)
 QUIET = ("--config.eval_every=0", "--config.sample_every=0", "--config.data.eval_split=", "--config.log_every=1")
 
 

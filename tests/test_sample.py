@@ -116,7 +116,7 @@ def test_labels_that_are_no_classes_are_named(labels, num_classes):
     "options,message",
     [
         ({"sampler": "ddimm"}, "sampling.sampler is 'ddimm'; choose one of ddpm, ddim"),
-        ({"num_steps": 1001}, "num_steps = 1001 exceeds"),
+        ({"num_steps": 1001}, "num_steps must be .* 1000, got 1001"),
         ({"guidance_scal": 2.0}, 'guidance_scal(.|\n)*Did you mean "config.sampling.guidance_scale"'),
         ({"guidance_scale": -1.0}, "guidance_scale must be .* at least 0, got -1"),
         ({"labels": [10]}, "from 0 to 9, got"),

@@ -227,10 +227,8 @@ def expected_gradients():
 @pytest.mark.parametrize(
     "change",
     [
-        {"remat": "block"},
-        {"remat": "dots"},
-        {"scan_unroll": 2},
-        {"method": "chunked"},
+        {"remat": "block", "scan_unroll": 2},
+        {"remat": "dots", "method": "chunked"},
         {"method": "associative"},
     ],
     ids=str,
@@ -248,14 +246,19 @@ def test_options_of_the_model_change_its_output(change):
     assert np.linalg.norm(out - other) > 1e-5 * np.linalg.norm(out)
 
 
-@pytest.mark.parametrize("name,scheme", [("legs", s4d_legs), ("lin", s4d_lin), ("inv", s4d_inv)])
-def test_ssms_start_at_the_named_scheme(name, scheme):
-    params = small(initialization=name).init_params((4, 4, 1), 0)["blocks"]["ssm"]["backward"]
-    Lambda, B = scheme(STATE_SIZE)
-    shape = (SMALL.depth, SMALL.width, STATE_SIZE // 2)
-    np.testing.assert_allclose(params["im"], np.broadcast_to(Lambda.imag, shape), rtol=1e-6)
-    np.testing.assert_allclose(params["B"][..., 0], np.broadcast_to(B.real, shape), rtol=1e-6)
-    assert (params["log_dt"] >= np.log(1e-3)).all() and (params["log_dt"] <= np.log(1e-1) + 1e-6).all()
+def test_ssms_start_at_the_named_scheme():
+    """One of the directions in a model, and the others as the mixer starts by itself."""
+    u = jnp.zeros((1, 4, SMALL.width))
+    starts = [(small(initialization="legs").init_params((4, 4, 1), 0)["blocks"]["ssm"], s4d_legs, (SMALL.depth,))]
+    for name, scheme in (("lin", s4d_lin), ("inv", s4d_inv), ("legs", s4d_legs)):
+        mixer = S4D(STATE_SIZE, initialization=name)
+        starts.append((jax.jit(mixer.init)(jax.random.key(0), u)["params"], scheme, ()))
+    for params, scheme, depth in starts:
+        params, (Lambda, B) = params["backward"], scheme(STATE_SIZE)
+        shape = (*depth, SMALL.width, STATE_SIZE // 2)
+        np.testing.assert_allclose(params["im"], np.broadcast_to(Lambda.imag, shape), rtol=1e-6)
+        np.testing.assert_allclose(params["B"][..., 0], np.broadcast_to(B.real, shape), rtol=1e-6)
+        assert (params["log_dt"] >= np.log(1e-3)).all() and (params["log_dt"] <= np.log(1e-1) + 1e-6).all()
 
 
 def test_one_direction_sees_no_later_token():

@@ -15,7 +15,6 @@ from counting import BATCH_SIZE, Counting, counting_experiment
 from tiny import tiny_config
 
 from diffussm_jax import load_run
-from diffussm_jax.build import Parts
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.parallel.mesh import batch_to_devices
 from diffussm_jax.training import telemetry
@@ -38,8 +37,7 @@ def config_with_partial_windows():
     return config
 
 
-def final_state(workdir):
-    task = Parts(tiny_config()).task
+def final_state(workdir, task):
     with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
         return checkpointer.restore(12, task.abstract_state)
 
@@ -81,9 +79,11 @@ def test_a_stopped_run_resumes_exactly(signum, stop_at, experiment, uninterrupte
     assert {"loss", "mse", "vlb", "grad_norm", "skipped_steps", "learning_rate", "param_norm", "ema_distance"} < {
         name for name, value in rows(tmp_path)[-1].items() if value
     }
-    state = final_state(tmp_path)
-    assert_same_state(state, final_state(uninterrupted))
-    assert_same_state(state, final_state(tiny_run))  # which wrote its rows and checkpoints at other steps
+    state = final_state(tmp_path, experiment.task)
+    assert_same_state(state, final_state(uninterrupted, experiment.task))
+    assert_same_state(
+        state, final_state(tiny_run, experiment.task)
+    )  # which wrote its rows and checkpoints at other steps
 
 
 def test_a_run_leaves_what_the_readme_promises(tiny_run):

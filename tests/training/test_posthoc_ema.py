@@ -1,6 +1,7 @@
 """Post-hoc EMA: the averages are those of the profile, and a combination of them is the average that was not kept."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,8 @@ def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path)
     config.sample_every = config.eval_every = 0
     experiment = build_experiment(config)
     assert train(experiment, tmp_path) is None
-    config.num_steps = 12  # resumes at 7, between two stored averages
-    assert train(build_experiment(config), tmp_path) is None
+    longer = dataclasses.replace(experiment, num_steps=12)  # resumes at 7, between two stored averages
+    assert train(longer, tmp_path) is None
     steps = sorted(int(p.name) for p in (tmp_path / "ema_snapshots").iterdir() if p.name.isdecimal())
     assert steps == [2, 4, 6, 7, 8, 10, 12]
 
@@ -98,7 +99,7 @@ def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path)
 
 
 def test_a_run_without_averages_says_so(tiny_run):
-    with pytest.raises(FileNotFoundError, match=r"no averages in .*posthoc_ema_every"):
+    with pytest.raises(FileNotFoundError, match=r"no averages in .*config.posthoc_ema_every"):
         load_run(tiny_run, ema_sigma=0.1)
     with pytest.raises(ValueError, match="must be latest or a step, got 'best'"):
         load_run(tiny_run, "best", ema_sigma=0.1)

@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import dataclasses
+import functools
 import sys
 import tempfile
 import types
@@ -11,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counting import Counting, counting_experiment
 from etils import epath
 from etils.epath.backend import fsspec_backend
-from tiny import tiny_config
 
-from diffussm_jax.experiment import build_experiment
 from diffussm_jax.main import parse_steps
 from diffussm_jax.training import hooks, telemetry
 from diffussm_jax.training.loop import train
@@ -112,9 +113,17 @@ def test_speed_is_of_the_lap_and_without_a_timed_step_not_told(monkeypatch):
 
 
 def test_a_trace_of_some_steps_is_written(tmp_path):
-    config = tiny_config()
-    config.num_steps, config.sample_every, config.eval_every = 5, 0, 0
-    assert train(build_experiment(config), tmp_path, profile_steps=(2, 4)) is None
+    class Compiled(Counting):
+        @functools.cached_property
+        def train_step(self):
+            def train_step(state, batch):
+                loss = batch["x"].mean()
+                return state.replace(step=state.step + 1), {"loss": loss, "skipped": jnp.float32(0)}
+
+            return jax.jit(train_step)
+
+    experiment = dataclasses.replace(counting_experiment(num_steps=5), task=Compiled())
+    assert train(experiment, tmp_path, profile_steps=(2, 4)) is None
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert b"train_step" in trace.read_bytes()
 
