@@ -29,7 +29,7 @@ SIZE = 16
 def images(tmp_path_factory):
     """90 images of digits in 10 folders, some wider than high."""
     root = tmp_path_factory.mktemp("images")
-    for image, label, key in itertools.islice(iter(Digits("train")), 90):
+    for image, label, key, _ in itertools.islice(iter(Digits("train")), 90):
         folder = root / "train" / f"class_{label}"
         folder.mkdir(parents=True, exist_ok=True)
         size = (SIZE + int(key) % 3, SIZE)

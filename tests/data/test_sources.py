@@ -252,7 +252,7 @@ def test_what_is_no_source_is_refused_with_the_choices(tmp_path):
 def test_digits_are_a_source():
     source = open_source("digits", "eval")
     assert isinstance(source, Digits) and len(source) == 179
-    image, label, key = source[5]
+    image, label, key, _ = source[5]
     assert (image.shape, image.dtype, key, source.class_names[label]) == ((8, 8, 1), np.uint8, "5", str(label))
     assert source.fingerprint() != Digits("train").fingerprint()
 
