@@ -145,7 +145,7 @@ def test_the_encoder_must_be_the_one_that_made_the_latents(latents, small_vae, t
     for part in ("encoder", "decoder"):
         to_diffusers(model, params | {part: jax.tree.map(lambda x: x + 0.01, params[part])}, tmp_path / part)
     build_experiment(_latent_config(latents, tmp_path / "decoder"))  # trained further: welcome
-    with pytest.raises(ValueError, match="has not the encoder that made the latents"):
+    with pytest.raises(ValueError, match="does not have the encoder that made the latents"):
         build_experiment(_latent_config(latents, tmp_path / "encoder"))
 
 

@@ -66,7 +66,7 @@ def test_records_are_the_images_encoded(small_vae, images, finished):
     assert len(data) == 90 and len(card["shards"]) == 5 and not card["skipped"]
     assert card["class_names"] == [f"class_{i}" for i in range(10)]
     for i in (0, 19, 20, 57, 89):
-        image, label, _ = source[i]
+        image, label, *_ = source[i]
         left = (image.shape[1] - SIZE) // 2
         cropped = image[:, left : left + SIZE].astype(np.float32) / 127.5 - 1
         for mirror, x in enumerate((cropped, cropped[:, ::-1])):

@@ -25,7 +25,7 @@ def small(*, num_classes=NUM_CLASSES, label_dropout=0.1, mixer=S4D, state_size=S
     """A narrow model of two blocks; options that it does not have itself are the mixer's."""
     own = {name: options.pop(name) for name in list(options) if name in DiffuSSM.__dataclass_fields__}
     mixer = functools.partial(mixer, state_size=state_size, **options)
-    conditioners = class_labels(num_classes, label_dropout)
+    conditioners = class_labels(num_classes, dropout=label_dropout)
     return DiffuSSM(**{"width": 16, "depth": 2, "mixer": mixer, "conditioners": conditioners} | own)
 
 
