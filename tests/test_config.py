@@ -479,16 +479,9 @@ def test_saved_configs_have_the_number_of_their_format_and_newer_ones_are_refuse
 # Runs of what can be chosen.
 
 
-def test_a_2d_scan_trains_and_samples(tmp_path):
+def test_a_2d_scan_learns_the_velocity_of_rectified_flow_and_heun_samples_it(tmp_path):
     config = tiny_config()
     config.model.mixer.scan = "2d"
-    config.num_steps, config.eval_every, config.sample_every = 6, 0, 0
-    assert train(build_experiment(config), tmp_path) is None
-    assert load_run(tmp_path).sample(2)[0].shape == (2, 8, 8, 1)
-
-
-def test_rectified_flow_learns_the_velocity_and_heun_samples_it(tmp_path):
-    config = tiny_config()
     choose(config, "diffusion.schedule", "rectified_flow")
     choose(config, "diffusion.target", "velocity")
     choose(config, "sampling.sampler", "heun")
