@@ -203,7 +203,6 @@ def choose(config: ConfigDict, key: str, name: str) -> None:
     kind = _kind_of_group(config, path) if last == "name" else None
     if kind is None:
         check_keys([key], [found for found, *_ in chosen(config)])
-        raise ValueError(f"config.{key} chooses no component")
     registry.component(kind, name, key)
     parent, _, own = path.rpartition(".")
     parent = value_at(config, parent) if parent else config
