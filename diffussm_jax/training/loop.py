@@ -134,6 +134,7 @@ class _Run:
         self._experiment, self._task = experiment, experiment.task
         self._checkpointer, self._hooks, self._log, self._profile = checkpointer, hooks, log, profile
         self._window, self._clock = window, Clock()
+        self._multiply_adds = self._task.multiply_adds  # asked once: counting traces the model
         self._is_first_process = jax.process_index() == 0
 
     def _to_devices(self, batch: Batch) -> Batch:
@@ -188,7 +189,7 @@ class _Run:
         speed = speed_metrics(
             self._clock.lap(),
             batch_size=e.train_loader.batch_size,
-            multiply_adds=self._task.multiply_adds,
+            multiply_adds=self._multiply_adds,
             num_devices=self._task.mesh.size,
         )
         shown = {"loss": f"{metrics.get('loss', np.nan):.4f}"}

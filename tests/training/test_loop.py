@@ -200,6 +200,17 @@ def test_mfu_counts_the_meshs_devices(now, tmp_path, monkeypatch):
     assert found == pytest.approx(3 * 2 * 1e11 * BATCH_SIZE / 200e12)
 
 
+def test_multiply_adds_are_counted_once_and_not_for_each_row(tmp_path):  # counting them traces the model
+    counted = []
+
+    class Counted(Counting):
+        multiply_adds = property(lambda self: counted.append(self) or 1, lambda self, value: None)
+
+    experiment = dataclasses.replace(counting_experiment(log_every=1), task=Counted())
+    assert train(experiment, tmp_path) is None
+    assert len(rows(tmp_path)) == 12 and len(counted) == 1
+
+
 def test_fewer_steps_than_were_made_are_refused(tmp_path):
     assert train(counting_experiment(num_steps=6), tmp_path) is None
     with pytest.raises(ValueError, match=r"num_steps is 4, but .*checkpoints/6 is the checkpoint of step 6"):
