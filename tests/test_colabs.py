@@ -22,6 +22,7 @@ def test_notebooks_are_committed_without_output():
             assert cell.cell_type != "code" or (not cell.outputs and cell.execution_count is None), path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_quickstart_trains_and_samples(tmp_path):
     notebook = nbformat.read(COLABS / "quickstart.ipynb", as_version=4)
@@ -48,6 +49,7 @@ def test_quickstart_trains_and_samples(tmp_path):
     assert (tmp_path / "samples" / "quickstart.npz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_precompute_and_sample_goes_from_photographs_to_a_decoded_grid(tmp_path, small_vae_folder):
     for i, photograph in enumerate(load_sample_images().images):  # two, cut into pieces
