@@ -93,7 +93,7 @@ def test_pixels_train_and_sample(images, tmp_path):
     assert load_run(tmp_path).sample(3)[0].shape == (3, SIZE, SIZE, 3)
 
 
-@pytest.mark.parametrize("num_classes", [2, 0], ids=["classes", "unconditional"])
+@pytest.mark.parametrize("num_classes", [2, pytest.param(0, marks=pytest.mark.slow)], ids=["classes", "unconditional"])
 def test_latents_train_and_are_decoded(latents, small_vae, small_vae_folder, num_classes, tmp_path):
     config = _latent_config(latents, small_vae_folder)
     config.data.num_classes = num_classes

@@ -89,7 +89,7 @@ def test_linear_layers_are_counted_exactly(bidirectional):
     assert an_image(forward, params) == costs(config).total
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+@pytest.mark.parametrize("remat", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("none", "dots")), "block"])
 def test_a_step_is_three_forward_passes_and_what_is_recomputed(remat):
     config = small_config(remat=remat)
     _, gradient, params = forward_and_gradient(config)
@@ -100,7 +100,9 @@ def test_a_step_is_three_forward_passes_and_what_is_recomputed(remat):
     assert an_image(gradient, params) == expected
 
 
-@pytest.mark.parametrize("bidirectional,scan", [(True, "raster"), (False, "raster"), (True, "2d")])
+@pytest.mark.parametrize(
+    "bidirectional,scan", [pytest.param(True, "raster", marks=pytest.mark.slow), (False, "raster"), (True, "2d")]
+)
 def test_matrix_products_of_the_chunked_ssm_are_counted_exactly(bidirectional, scan):
     config = small_config("chunked", bidirectional=bidirectional, scan=scan)
     forward, _, params = forward_and_gradient(config)

@@ -119,6 +119,7 @@ def _command(images, small_vae_folder, out, *more):
     return [sys.executable, "-m", "diffussm_jax.precompute", *(f"--{k}={v}" for k, v in flags_.items()), *more]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again(small_vae, images, small_vae_folder, finished, tmp_path):
     """SIGKILL when the first, second and fourth shard has begun: the shards are those of one run, byte for byte."""
     command = _command(images, small_vae_folder, tmp_path)

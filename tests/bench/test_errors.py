@@ -14,7 +14,7 @@ from diffussm_jax.ssm import apply
 SHAPE = (2, 70, 3, 4)
 
 
-@pytest.mark.parametrize(("dtype", "num_phases"), [("float32", 1), ("bfloat16", 2)])
+@pytest.mark.parametrize(("dtype", "num_phases"), [pytest.param("float32", 1, marks=pytest.mark.slow), ("bfloat16", 2)])
 def test_methods_pass_or_say_why_they_do_not_run(dtype, num_phases):
     methods = ["associative", "fft", "chunked", "pallas"]
     rows = {row["method"]: row for row in bench_errors(SHAPE, methods, dtype=dtype, num_phases=num_phases)}

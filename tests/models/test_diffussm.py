@@ -196,7 +196,14 @@ def model_oracle(p, x_t, t, y, M, depth):
     return x.reshape(B, H, W, 2 * C)
 
 
-@pytest.mark.parametrize("M,scan", [(1, "raster"), (2, "raster"), (4, "raster"), (1, "2d"), (2, "2d")])
+@pytest.mark.parametrize(
+    "M,scan",
+    [
+        (2, "raster"),
+        (2, "2d"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, "raster"), (4, "raster"), (1, "2d"))),
+    ],
+)
 def test_forward_pass_is_the_equations_in_float64(M, scan):
     model = small(hourglass_ratio=M, scan=scan)
     params = random_params(model, (3, 4, 1))
@@ -228,8 +235,8 @@ def expected_gradients():
     "change",
     [
         {"remat": "block", "scan_unroll": 2},
-        {"remat": "dots", "method": "chunked"},
-        {"method": "associative"},
+        pytest.param({"remat": "dots", "method": "chunked"}, marks=pytest.mark.slow),
+        pytest.param({"method": "associative"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

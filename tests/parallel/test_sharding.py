@@ -39,29 +39,31 @@ for ssm, *mesh in json.loads(sys.argv[1]):
     texts.append(task.train_step.lower(task.abstract_state, task.batch_spec).compile().as_text())
 print(json.dumps(texts))
 """
-CASES = [
-    ("raster fft", 8, 1, 1),
-    ("raster fft", 1, 8, 1),
-    ("raster chunked", 2, 4, 1),
-    ("raster fft", 1, 1, 8),
-    ("raster chunked", 2, 1, 4),
-    ("2d fft", 2, 2, 2),
-]
+# SSM, data, fsdp, tensor
+QUICK_CASES = [("raster fft", 1, 8, 1), ("raster chunked", 2, 1, 4), ("2d fft", 2, 2, 2)]
+LONG_CASES = [("raster fft", 8, 1, 1), ("raster chunked", 2, 4, 1), ("raster fft", 1, 1, 8)]
+
+
+def cases(condition):
+    long = (pytest.param(case, marks=pytest.mark.slow) for case in LONG_CASES if condition(case))
+    return [*(case for case in QUICK_CASES if condition(case)), *long]
 
 
 @pytest.fixture(scope="session")
-def programs():
-    """The text of the compiled training step of each case, on 8 devices."""
+def programs(request):
+    """The text of the compiled training step of each case that is tested, on 8 devices."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    tested = [case for case in (*QUICK_CASES, *LONG_CASES) if {"case": case} in parameters]
     environment = os.environ | {
         # The less LLVM has to do the better: nothing is run.
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
         + os.environ.get("XLA_FLAGS", ""),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    command = [sys.executable, "-c", COMPILE, json.dumps(CASES)]
+    command = [sys.executable, "-c", COMPILE, json.dumps(tested)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    return dict(zip(tested, json.loads(done.stdout), strict=True))
 
 
 def collectives(text, mesh):
@@ -140,7 +142,7 @@ def is_activation(shape, mesh):
     return bool({BATCH, BATCH // mesh[0], BATCH // (mesh[0] * mesh[1])} & set(shape)) and shape != ()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[3] == 1], ids=str)
+@pytest.mark.parametrize("case", cases(lambda case: case[3] == 1), ids=str)
 def test_data_and_fsdp_meshes_communicate_parameters_and_gradients_only(case, programs):
     mesh = case[1:]
     found = collectives(programs[case], mesh)
@@ -151,7 +153,7 @@ def test_data_and_fsdp_meshes_communicate_parameters_and_gradients_only(case, pr
     assert gathered_layers(programs[case]) == (LAYERS if mesh[1] > 1 else set())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[3] > 1], ids=str)
+@pytest.mark.parametrize("case", cases(lambda case: case[3] > 1), ids=str)
 def test_tensor_meshes_communicate_activations_at_linear_layers_only(case, programs):
     mesh, seen = case[1:], set()
     for kind, shapes, axes, name in collectives(programs[case], mesh):

@@ -62,6 +62,13 @@ BILINEAR_CASES = [
     ("recurrent", "forward", 4096), ("fft", "both", 4096), ("chunked", "forward", 4096),
 ]  # fmt: skip
 
+
+def is_long(discretization, method, direction, length):
+    """Whether the case is left to the long tests: lengths between those of others, and bilinear at 4096 positions."""
+    return length in (64, 1024) or (discretization == "bilinear" and length == 4096)
+
+
+ALL_CASES = [("zoh", *case) for case in CASES] + [("bilinear", *case) for case in BILINEAR_CASES]
 WELL_COMPILED = 1024  # positions from which rounding adds up
 DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD, "both": BOTH}
 
@@ -95,7 +102,7 @@ def test_every_method_is_tested():
 
 @pytest.mark.parametrize(
     ("discretization", "method", "direction", "length"),
-    [("zoh", *case) for case in CASES] + [("bilinear", *case) for case in BILINEAR_CASES],
+    [pytest.param(*case, marks=[pytest.mark.slow] if is_long(*case) else []) for case in ALL_CASES],
 )
 def test_values_and_gradients(discretization, method, direction, length):
     """Of each initialisation, whose errors are apart."""
@@ -108,7 +115,7 @@ def test_values_and_gradients(discretization, method, direction, length):
     assert max(gradients.values()) < GRADIENTS[method], gradients
 
 
-@pytest.mark.parametrize("num_phases", [2, 3])
+@pytest.mark.parametrize("num_phases", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_phases_are_the_same_sequence(method, num_phases):
     """150 positions: two chunks of 64 and a part, which two phases share and three do not."""

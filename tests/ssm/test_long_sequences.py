@@ -34,7 +34,12 @@ def function(method, discretization):
 
 @pytest.mark.parametrize("discretization", ["zoh", pytest.param("bilinear", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("method", "dtype"), [*((method, "float32") for method in (*METHODS, *KERNELS)), ("chunked", "bfloat16")]
+    ("method", "dtype"),
+    [
+        *((method, "float32") for method in METHODS),
+        *(pytest.param(method, "float32", marks=pytest.mark.slow) for method in KERNELS),
+        ("chunked", "bfloat16"),
+    ],
 )
 def test_initial_parameters(method, dtype, discretization):
     """Of each initialisation, whose errors are apart."""

@@ -93,7 +93,7 @@ def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path)
                 assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b - end) + 1e-5 * np.linalg.norm(b)
         with pytest.raises(ValueError, match=r"no averages of step 3 .*choose one of \[2, 4, 6, 7, 8, 10, 12\]"):
             snapshots.reconstruct(0.05, like, step=3)
-    run, other = (load_run(tmp_path, ema_sigma=sigma) for sigma in (0.08, 0.2))
+    run, other = (load_run(tmp_path, "4", ema_sigma=sigma) for sigma in (0.08, 0.2))
     assert run.sample(2)[0].shape == (2, 8, 8, 1)
     assert (run.params["final"]["bias"] != other.params["final"]["bias"]).any()
 
