@@ -28,13 +28,14 @@ from diffussm_jax.training.optimizer import DECAYS
 
 # Channels that classifier-free guidance acts on, by the values of config.sampling.guided_channels.
 GUIDED_CHANNELS = {"all": None, "first_three": 3}
+MAX_SEED = 2**32 - 1  # JAX's keys are made of 32 bits unless it computes with 64
 
 
 @dataclasses.dataclass
 class General:
     """Keys of the config itself."""
 
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, MAX_SEED)] = 0
     batch_size: Annotated[int, Range(1)] = 256  # global, over all devices
     num_steps: Annotated[int, Range(1)] = 400_000
     log_every: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 100
@@ -99,7 +100,7 @@ class Sampling:
 
     sampler: str = "ddpm"
     num_steps: Annotated[int, Range(1)] = 250
-    guidance_scale: float = 1.0  # 1: none
+    guidance_scale: Annotated[float, Range(0)] = 1.0  # 1: none
     guided_channels: Annotated[str, Choices(GUIDED_CHANNELS)] = "all"
     guidance_interval: tuple = (0.0, math.inf)  # in t
     num_grid_rows: Annotated[int, Range(1)] = 8  # of the grid that training draws

@@ -32,6 +32,26 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     partial.replace(path)
 
 
+def check_writable(path: epath.PathLike) -> None:
+    """Makes the folder of a file that is to be written later, and checks that it can be written.
+
+    Raises:
+      OSError: it cannot, or the path is a folder. Buckets are not tried.
+    """
+    path = epath.Path(path)
+    if is_bucket(path):
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and a file is to be written there")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = partial_path(path)
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def file_sha256(path: epath.Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

@@ -57,7 +57,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
 def main() -> int:
     """Trains, and returns the exit code: 0 when done, 130 after Ctrl-C, 75 after SIGTERM."""
     config, workdir = _CONFIG.value, _WORKDIR.value
-    if config is None or workdir is None:
+    if config is None or not workdir:
         raise app.UsageError("give --config=configs/digits.py (or another file of configs/) and --workdir=FOLDER")
     profile_steps = parse_steps(_PROFILE_STEPS.value)
     cli.join_hosts(_DISTRIBUTED.value)

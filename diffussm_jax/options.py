@@ -31,7 +31,7 @@ _PLAIN = (bool, int, float, str, tuple)
 
 
 class Range(NamedTuple):
-    """Numbers in [low, high]; NaN is refused."""
+    """Finite numbers in [low, high]."""
 
     low: float
     high: float = math.inf
@@ -75,13 +75,15 @@ class Option:
             raise ValueError(f"{name} must be a whole number, got {value!r}")
         if self.type is float and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise ValueError(f"{name} must be a number, got {value!r}")
-        if not self.range:
+        if self.type not in (int, float):
             return
-        low, high = self.range
+        low, high = self.range or (-math.inf, math.inf)
         kind = "a whole number" if self.type is int else "a number"
         if not low <= value <= high:
             allowed = f"{kind} of at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        if self.type is float and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def _annotated_defaults(component) -> Iterable[tuple[str, Any, Any]]:

@@ -11,6 +11,7 @@ Each batch is split over the local devices. With several hosts (TPU pods, SLURM,
 share of the shards.
 """
 
+import math
 import signal
 import sys
 
@@ -59,8 +60,10 @@ _DISTRIBUTED = flags.DEFINE_string(
 
 def main() -> int:
     """Precomputes or verifies. Returns the exit code: 0, or 130 after Ctrl-C."""
-    if _SOURCE.value is None or _OUT.value is None:
+    if not _SOURCE.value or not _OUT.value:
         raise app.UsageError("give --source=IMAGES and --out=FOLDER")
+    if math.isnan(_MAX_BAD_FRACTION.value):  # within any bounds, to absl
+        raise ValueError("--max_bad_fraction must be from 0 to 1, got nan")
     cli.join_hosts(_DISTRIBUTED.value)
     cli.keep_freed_memory()
     out = epath.Path(_OUT.value)

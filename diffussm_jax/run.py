@@ -96,6 +96,7 @@ class Run:
 
         Raises:
           ValueError: a label or an option is not allowed.
+          FloatingPointError: images have values that are not finite.
         """
         parts = self.with_sampling(**sampling).parts if sampling else self.parts
         all_labels = choose_labels(labels, num_samples, self.config.data.num_classes)
@@ -106,7 +107,13 @@ class Run:
                 condition["label"] = np.resize(all_labels[start : start + batch_size], batch_size)
             key = jax.random.fold_in(jax.random.key(seed), i)
             x_0 = parts.generator(self.params, condition, batch_size, key)
-            images.append(self.codec.decode(x_0)[: num_samples - start])
+            try:
+                images.append(self.codec.decode(x_0)[: num_samples - start])
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"sampling failed in batch {i}: {error}. With config.sampling.guidance_scale = "
+                    f"{parts.config.sampling.guidance_scale}; try a smaller one, more steps, or another checkpoint"
+                ) from error
             progress(len(images[-1]))
         return np.concatenate(images), all_labels
 
@@ -142,10 +149,10 @@ def choose_labels(labels: Sequence[int] | None, num_samples: int, num_classes: i
         if labels:
             raise ValueError(f"labels {list(labels)} were given to an unconditional model")
         return np.zeros(num_samples, np.int32)
-    chosen = np.arange(num_classes) if labels is None else np.asarray(labels, np.int64)
-    if not len(chosen) or chosen.min() < 0 or chosen.max() >= num_classes:
+    chosen = range(num_classes) if labels is None else list(labels)
+    if not chosen or min(chosen) < 0 or max(chosen) >= num_classes:
         raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {list(labels)}")
-    return np.resize(chosen, num_samples).astype(np.int32)
+    return np.resize(np.asarray(chosen, np.int32), num_samples)
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:

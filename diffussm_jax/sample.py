@@ -9,7 +9,9 @@ from etils import epath
 from tqdm import tqdm
 
 from diffussm_jax import cli
+from diffussm_jax.config import MAX_SEED
 from diffussm_jax.data.transforms import image_grid, save_png
+from diffussm_jax.io import check_writable
 from diffussm_jax.run import load_run
 
 _FLAGS = flags.FlagValues()  # of its own, so that several programs can be imported together
@@ -28,7 +30,7 @@ _STEPS = flags.DEFINE_integer(
 _OUT = flags.DEFINE_string(
     "out", None, "Output path without extension. Default: WORKDIR/samples/final.", flag_values=_FLAGS
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=MAX_SEED, flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per batch.", lower_bound=1, flag_values=_FLAGS)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=_FLAGS
@@ -42,13 +44,18 @@ _GRID_COLUMNS = 10
 _MAX_GRID_IMAGES = 100
 
 
-def save_samples(images: np.ndarray, labels: np.ndarray, out: epath.PathLike) -> tuple[epath.Path, epath.Path]:
-    """Writes OUT.png, a grid of at most 100 images, and OUT.npz (arr_0 images, arr_1 labels). Returns both paths."""
+def output_paths(out: epath.PathLike) -> tuple[epath.Path, epath.Path]:
+    """OUT.png and OUT.npz; an ending .png or .npz of OUT is left out."""
     out = epath.Path(out)
     if out.suffix in (".png", ".npz"):
         out = out.with_suffix("")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    png, npz = out.parent / (out.name + ".png"), out.parent / (out.name + ".npz")
+    return out.parent / (out.name + ".png"), out.parent / (out.name + ".npz")
+
+
+def save_samples(images: np.ndarray, labels: np.ndarray, out: epath.PathLike) -> tuple[epath.Path, epath.Path]:
+    """Writes OUT.png, a grid of at most 100 images, and OUT.npz (arr_0 images, arr_1 labels). Returns both paths."""
+    png, npz = output_paths(out)
+    png.parent.mkdir(parents=True, exist_ok=True)
     save_png(png, image_grid(images[:_MAX_GRID_IMAGES], min(_GRID_COLUMNS, len(images))))
     with npz.open("wb") as file:
         np.savez(file, images, labels)  # positional: arr_0 and arr_1
@@ -57,11 +64,17 @@ def save_samples(images: np.ndarray, labels: np.ndarray, out: epath.PathLike) ->
 
 def main() -> int:
     """Samples images, and returns the exit code."""
-    if _WORKDIR.value is None:
+    if not _WORKDIR.value:
         raise app.UsageError("give --workdir=FOLDER, the folder of a run")
+    if _OUT.value == "":
+        raise app.UsageError("--out is empty; give a path without extension")
     if _LABELS.value is not None and not all(label.strip().isdecimal() for label in _LABELS.value):
         raise ValueError(f"--labels must be whole numbers separated by commas, got {','.join(_LABELS.value)}")
     cli.keep_freed_memory()
+    out = _OUT.value or epath.Path(_WORKDIR.value) / "samples" / "final"
+    if _OUT.value:  # else the folder of a run, which may not be one
+        for path in output_paths(out):
+            check_writable(path)
     overrides = {"guidance_scale": _GUIDANCE_SCALE.value, "sampler": _SAMPLER.value, "num_steps": _STEPS.value}
     run = load_run(
         _WORKDIR.value,
@@ -78,7 +91,7 @@ def main() -> int:
             batch_size=_BATCH_SIZE.value,
             progress=bar.update,
         )
-    png, npz = save_samples(images, labels, _OUT.value or epath.Path(_WORKDIR.value) / "samples" / "final")
+    png, npz = save_samples(images, labels, out)
     print(f"Wrote {png} and {npz}.")
     return 0
 

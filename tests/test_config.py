@@ -118,6 +118,13 @@ def test_a_config_file_that_is_none_is_named(tmp_path):
         ("batch_size", 257, "batch_size = 257 is not a multiple of 8: config.mesh.data = 8 x fsdp = 1 devices x"),
         ("optimizer.accumulation_steps", 3, "batch_size = 256 is not a multiple of 24: .*accumulation_steps = 3"),
         ("model.remat", "all", "config.model.remat is 'all'; choose one of none, dots, block"),
+        ("optimizer.learning_rate", math.inf, "config.optimizer.learning_rate must be finite, got inf"),
+        ("optimizer.weight_decay", math.inf, "config.optimizer.weight_decay must be finite, got inf"),
+        ("sampling.guidance_interval", (1.0,), r"interval must be \(low, high\) with low <= high, got \(1.0,\)"),
+        ("sampling.guidance_interval", (9.0, 1.0), r"interval must be .* got \(9.0, 1.0\)"),
+        ("sampling.guidance_interval", (0.0, math.nan), r"interval must be .* got \(0.0, nan\)"),
+        ("seed", -1, "config.seed must be from 0 to 4294967295, got -1"),
+        ("seed", 10**30, "config.seed must be from 0 to 4294967295, got 10{30}$"),
     ],
 )
 def test_wrong_values_are_named(key, value, message):
@@ -125,6 +132,13 @@ def test_wrong_values_are_named(key, value, message):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
         validate(config, num_devices=8)
+
+
+def test_a_warmup_that_leaves_no_step_for_the_decay_is_named():
+    config = default_config()
+    config.optimizer.update({"decay": "cosine", "warmup_steps": 400_000})
+    with pytest.raises(ValueError, match="config.optimizer: warmup_steps = 400000 must be fewer than num_steps = 4"):
+        validate(config)
 
 
 def test_the_width_must_be_a_multiple_of_what_splits_it():

@@ -32,6 +32,17 @@ def test_a_reader_sees_all_of_a_file_or_the_one_before(tmp_path):
     assert path.read_bytes() == b"\x00\xff" and [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+def test_a_file_that_can_be_written_later_gets_its_folder(tmp_path):
+    io.check_writable(tmp_path / "a" / "b.csv")
+    assert list((tmp_path / "a").iterdir()) == []
+    (tmp_path / "a" / "b.csv").write_text("kept")
+    io.check_writable(tmp_path / "a" / "b.csv")
+    assert (tmp_path / "a" / "b.csv").read_text() == "kept"
+    for path, message in ((tmp_path / "a", "a is a folder"), (tmp_path / "a/b.csv/c", "b.csv/c cannot be written")):
+        with pytest.raises(OSError, match=message):
+            io.check_writable(path)
+
+
 def test_partial_names_differ_for_every_writer_and_lie_beside_the_file():
     path = epath.Path("/a/b.npz")
     names = {io.partial_path(path) for _ in range(10)}

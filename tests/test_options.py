@@ -121,7 +121,9 @@ def test_allowed_values(name, values):
         ("eta", True, "eta must be a number, got True"),
         ("scale", -1, "scale must be a number of at least 0, got -1"),
         ("scale", math.nan, "scale must be a number of at least 0, got nan"),
+        ("scale", math.inf, "scale must be finite, got inf"),
         ("free", None, "free must be a number, got None"),
+        ("free", -math.inf, "free must be finite, got -inf"),
         ("kind", "pde", "kind is 'pde'; choose one of ode, sde"),
     ],
 )

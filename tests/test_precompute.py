@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 from etils.epath.backend import fsspec_backend
 from PIL import Image
+from programs import run_program
 
+from diffussm_jax import precompute as command_line
 from diffussm_jax import precompute_job as program
 from diffussm_jax.data.latents import Latents, read_card, verify
 from diffussm_jax.data.sources import Digits, open_source
@@ -249,6 +252,21 @@ def test_two_hosts_make_the_same_split(images, small_vae_folder, finished, tmp_p
 def test_wrong_sizes_are_refused(small_vae, images, tmp_path):
     with pytest.raises(ValueError, match="--image_size=15 is not a multiple of the autoencoder's downsampling 2"):
         precompute(_job(small_vae, images, tmp_path, image_size=15))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source=a", "--out=b", "--max_bad_fraction=nan"], "--max_bad_fraction must be from 0 to 1, got nan"),
+        (["--source=a", "--out=b", "--max_bad_fraction=1.1"], "max_bad_fraction.*1.1"),
+        (["--source=a", "--out="], "give --source=IMAGES and --out=FOLDER"),
+        (["--source=", "--out=b"], "give --source=IMAGES and --out=FOLDER"),
+    ],
+)
+def test_wrong_flags_are_named(arguments, message):
+    code, printed = run_program(command_line.main, *arguments, flag_values=command_line._FLAGS)
+    assert code == 1 and "Traceback" not in printed
+    assert re.search(message, printed), printed
 
 
 def test_a_missing_source_is_named(small_vae_folder, tmp_path):

@@ -1,11 +1,13 @@
 """Sampling from a run writes what ADM's evaluation reads, repeatably, and names what is wrong."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,10 +62,39 @@ def test_the_command_names_what_is_wrong(tiny_run, tmp_path):
         ([f"--workdir={tmp_path}"], "holds no run"),
         ([f"--workdir={tiny_run}", "--labels=1,x"], "--labels must be whole numbers.* got 1,x"),
         ([f"--workdir={tiny_run}", "--sampler=ddimm"], "'ddimm'; choose one of ddpm, ddim"),
+        (["--workdir="], "give --workdir=FOLDER"),
+        ([f"--workdir={tiny_run}", "--out="], "--out is empty"),
+        ([f"--workdir={tiny_run}", f"--labels={10**30}"], f"labels must be from 0 to 9, got .{10**30}"),
+        ([f"--workdir={tiny_run}", f"--seed={2**64 - 1}"], f"seed.*{2**64 - 1}"),
+        ([f"--workdir={tiny_run}", "--guidance_scale=inf"], "guidance_scale must be finite, got inf"),
+        (
+            [f"--workdir={tiny_run}", "--guidance_scale=1e300"],
+            "the guidance scale must be from 0 to 3.4e.38, got 1e.300",
+        ),
+        ([f"--workdir={tiny_run}", "--guidance_scale=nan"], "guidance_scale must be a number of at least 0, got nan"),
     ):
         code, printed = run_program(program.main, *arguments, flag_values=program._FLAGS)
         assert code == 1 and "Traceback" not in printed
         assert re.search(message, printed), printed
+
+
+def test_an_output_that_cannot_be_written_is_found_before_sampling(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "load_run", lambda *args, **kwargs: 1 / 0)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.npz").mkdir()
+    for out, message in (("file/below", "file/below.png cannot be written"), ("folder", "folder.npz is a folder")):
+        arguments = (f"--workdir={tmp_path}", f"--out={tmp_path / out}")
+        code, printed = run_program(program.main, *arguments, flag_values=program._FLAGS)
+        assert code == 1 and message in printed, printed
+
+
+def test_samples_that_are_not_finite_are_no_images(run, tmp_path, monkeypatch):
+    diverged = dataclasses.replace(run, params=jax.tree.map(lambda leaf: leaf * jnp.nan, run.params))
+    monkeypatch.setattr(program, "load_run", lambda *args, **kwargs: diverged)
+    arguments = ("--workdir=run", "--num_samples=3", f"--out={tmp_path / 'out'}")
+    code, printed = run_program(program.main, *arguments, flag_values=program._FLAGS)
+    assert code == 1 and "3 of 3 images have values that are not finite" in printed
+    assert "guidance_scale = 1.5" in printed and not list(tmp_path.iterdir())
 
 
 def test_samples_follow_from_seed_and_options(tiny_run, run):

@@ -27,6 +27,7 @@ from diffussm_jax.bench.configs import IMAGE_SIZES, bench_configs, parse_changes
 from diffussm_jax.bench.loader import bench_loader
 from diffussm_jax.bench.measure import machine_name, write_csv
 from diffussm_jax.bench.vae import print_vae
+from diffussm_jax.io import check_writable
 from diffussm_jax.models import DIFFUSSM_SIZES, DiffuSSM
 from diffussm_jax.options import options_of
 
@@ -195,6 +196,9 @@ def main(what: str) -> int:
     """Prints the figures; returns the exit code."""
     if what not in _BENCHMARKS:
         raise ValueError(f"unknown benchmark {what!r}; choose one of {', '.join(_BENCHMARKS)}")
+    for path in (_CSV.value, _PLOT.value):
+        if path is not None:
+            check_writable(path)
     if _AOT.value is not None:
         jax.config.update("jax_platforms", "cpu")  # leaves this computer's accelerator free
     rows = _BENCHMARKS[what]()

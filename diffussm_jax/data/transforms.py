@@ -16,8 +16,15 @@ def to_unit_range(images: jax.Array) -> jax.Array:
 
 
 def to_uint8(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Converts values in [-1, 1] to uint8 pixels. Values outside are clipped."""
-    return np.round((np.clip(np.asarray(x, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+    """Converts values [B, ...] in [-1, 1] to uint8 pixels. Values outside are clipped.
+
+    Raises:
+      FloatingPointError: a value is not finite. The message says how many of the images hold such values.
+    """
+    x = np.asarray(x, np.float32)
+    if num_bad := sum(not np.isfinite(image).all() for image in x):
+        raise FloatingPointError(f"{num_bad} of {len(x)} images have values that are not finite")
+    return np.round((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:

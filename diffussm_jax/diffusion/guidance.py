@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from diffussm_jax.diffusion.objective import Denoise, Prediction
 from diffussm_jax.diffusion.processes import Process, scales
 
+_MAX_SCALE = float(jnp.finfo(jnp.float32).max)
 Pair = Callable[[jax.Array, jax.Array], tuple[Prediction, Prediction]]
 
 
@@ -45,9 +46,9 @@ def pair(denoise_a: Denoise, denoise_b: Denoise) -> Pair:
 def check_guidance(
     scale: float, interval: tuple[float, float], num_guided_channels: int | None, num_channels: int
 ) -> None:
-    """Raises ValueError if the scale is negative, the interval no interval, or there are fewer channels."""
-    if not scale >= 0:
-        raise ValueError(f"the guidance scale must not be negative, got {scale}")
+    """Raises ValueError if the scale is negative or no float32, the interval empty, or there are fewer channels."""
+    if not 0 <= scale <= _MAX_SCALE:
+        raise ValueError(f"the guidance scale must be from 0 to {_MAX_SCALE:.3g}, got {scale}")
     is_pair = len(interval) == 2 and all(isinstance(end, int | float) for end in interval)
     if not is_pair or not interval[0] <= interval[1]:
         raise ValueError(f"the guidance interval must be (low, high) with low <= high, got {interval}")

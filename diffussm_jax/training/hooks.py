@@ -61,6 +61,8 @@ def sample_grid(
 ) -> Hook:
     """Draws images with the averaged parameters, and writes them as a grid to samples/step_NNNNNNNN.png.
 
+    Where an image has values that are not finite, it says so and writes nothing.
+
     Args:
       context: of the run.
       draw: (params, key) -> images [B, H, W, C] uint8.
@@ -71,7 +73,12 @@ def sample_grid(
     key = jax.random.fold_in(jax.random.key(seed), _SAMPLE_SALT)
 
     def run(state, step):
-        images = draw(context.task.eval_params(state), key)
+        try:
+            images = draw(context.task.eval_params(state), key)
+        except FloatingPointError as error:  # a weak model's samples are no reason to stop its training
+            if jax.process_index() == 0:
+                print(f"step {step}: no grid of samples: {error}", flush=True)
+            return {}
         if jax.process_index() == 0:
             grid, folder = image_grid(images, num_columns), context.workdir / "samples"
             folder.mkdir(parents=True, exist_ok=True)

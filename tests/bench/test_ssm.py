@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffussm_jax.bench import bench_ssm, fft_naive, parse_shape, plot
+from diffussm_jax.bench import __main__ as program
 from diffussm_jax.bench import ssm as bench
 from diffussm_jax.bench.measure import compile_program, copy_rate, matmul_rate, slope
 from diffussm_jax.ssm import METHODS, init_s4d, ssm_apply_bidirectional, to_complex
@@ -86,6 +87,13 @@ def test_the_command_prints_a_table_and_writes_csv(bench_command, tmp_path):
             rows = list(csv.DictReader(file))
         assert [(row["L"], row["method"]) for row in rows] == [(L, m) for L in ("8", "16") for m in ("fft", "chunked")]
         assert all(float(row["gradient_ms"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("flag", ["csv", "plot"])
+def test_a_file_that_cannot_be_written_is_found_before_the_work(flag, bench_command, tmp_path, monkeypatch):
+    monkeypatch.setitem(program._BENCHMARKS, "ssm", lambda: 1 / 0)
+    with pytest.raises(OSError, match=f"{tmp_path} is a folder"):
+        bench_command("ssm", f"--{flag}={tmp_path}")
 
 
 @pytest.mark.parametrize("text", ["1x2x3", "1x2x3x0", "axbxcxd", ""])
