@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffussm_jax.bench import bench_ssm, fft_naive, parse_shape, plot
 from diffussm_jax.bench import __main__ as program
+from diffussm_jax.bench import bench_ssm, fft_naive, parse_shape, plot
 from diffussm_jax.bench import ssm as bench
 from diffussm_jax.bench.measure import compile_program, copy_rate, matmul_rate, slope
 from diffussm_jax.ssm import METHODS, init_s4d, ssm_apply_bidirectional, to_complex
