@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["diffussm_jax", "diffussm_jax.*"]),
     package_data={"diffussm_jax.ssm": ["*.csv"]},
+    entry_points={"console_scripts": ["diffussm-jax=diffussm_jax.__main__:main"]},
     python_requires=">=3.11",
     # The parts of JAX's stack below the next minor version, which nobody has tested: oldest and newest, .ci/run.
     install_requires=[

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -33,7 +34,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
 
     A ValueError (invalid input), an OSError and a FloatingPointError (a diverged run) are printed without a traceback,
     and the exit code is 1. --verbosity=1 prints the traceback too. After any other exception the exit code is 70. Log
-    messages of libraries below warnings are hidden; --verbosity=0 shows them.
+    messages of libraries below warnings are hidden; --verbosity=0 shows them. --help prints `help_text`.
     """
 
     def start(argv: list[str]) -> int:
@@ -55,12 +56,29 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
             traceback.print_exc()
             return CRASHED
 
+    asked = {argument.lstrip("-") for argument in sys.argv[1:] if argument.startswith("-")}
+    if asked & {"help", "h", "helpshort", "helpfull"}:
+        print(help_text(main, flag_values))
+        if "helpfull" in asked:
+            print(f"\nFlags of libraries:\n{flags.FLAGS.get_help()}")
+        sys.exit(0)
     sys.argv[1:] = [_current_name(argument) for argument in sys.argv[1:]]
     if flag_values is not flags.FLAGS:
         flags.FLAGS.append_flag_values(flag_values)
         if "config" in flag_values and isinstance(flag_values["config"].parser, _ConfigParser):
             flag_values["config"].flag_values = flags.FLAGS  # its overrides are defined where they are parsed
     app.run(start)
+
+
+def help_text(main: Callable, flag_values: flags.FlagValues) -> str:
+    """The docstring of a program's module, then its flags with their defaults."""
+    lines = [sys.modules[main.__module__].__doc__.strip(), "", "Flags:"]
+    for flag in dict.fromkeys(itertools.chain.from_iterable(flag_values.flags_by_module_dict().values())):
+        default = f" (default: {flag.default_as_str.strip(chr(39))})" if flag.default not in (None, []) else ""
+        lines += textwrap.wrap(
+            f"{flag.help}{default}", 118, initial_indent=f"  --{flag.name}: ", subsequent_indent=" " * 6
+        )
+    return "\n".join(lines)
 
 
 _OVERRIDE = re.compile(r"--?config\.(?P<key>[\w.]+)(?:=(?P<value>.*))?$", re.DOTALL)
@@ -96,15 +114,17 @@ class _ConfigParser(flags.ArgumentParser):
         return "config file"
 
 
-def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
+def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder:
     """Defines --config=FILE.py[:ARGUMENT] and its overrides, --config.model.depth=2.
 
     Overrides that choose a component, --config.sampling.sampler=heun, apply first, in any order of the command line, so
     that the options of that component can be overridden too.
     """
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "A file of configs/, such as configs/digits.py.", flag_values=flag_values
+    help_of_flag = (
+        "A file of configs/, such as configs/digits.py or configs/imagenet256.py:XL. It is a Python file, and is "
+        "executed. --config.KEY=VALUE overrides a value, such as --config.model.depth=2."
     )
+    holder = config_flags.DEFINE_config_file("config", None, help_of_flag, flag_values=flag_values)
     flag_values["config"].parser = _ConfigParser()
     return holder
 

@@ -15,17 +15,29 @@ from diffussm_jax.experiment import build_experiment
 from diffussm_jax.training.loop import train
 from diffussm_jax.validation import validate
 
-_CONFIG = cli.define_config()
+_FLAGS = flags.FlagValues()  # of its own, so that several programs can be imported together
+_CONFIG = cli.define_config(_FLAGS)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for config, metrics, checkpoints and samples of the run; may be gs://."
+    "workdir",
+    None,
+    "Folder for config, metrics, checkpoints and samples of the run; may be gs://.",
+    flag_values=_FLAGS,
 )
 _DISTRIBUTED = flags.DEFINE_string(
-    "distributed", "auto", "auto, none, or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID (`cli.join_hosts`)."
+    "distributed",
+    "auto",
+    "auto, none, or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID (`cli.join_hosts`).",
+    flag_values=_FLAGS,
 )
 _PROFILE_STEPS = flags.DEFINE_string(
-    "profile_steps", None, "Steps to trace for XProf into WORKDIR/profile: FIRST:LAST, such as 100:105."
+    "profile_steps",
+    None,
+    "Steps to trace for XProf into WORKDIR/profile: FIRST:LAST, such as 100:105.",
+    flag_values=_FLAGS,
 )
-_WANDB_PROJECT = flags.DEFINE_string("wandb_project", None, "Weights & Biases project for the metrics (extra wandb).")
+_WANDB_PROJECT = flags.DEFINE_string(
+    "wandb_project", None, "Weights & Biases project for the metrics (extra wandb).", flag_values=_FLAGS
+)
 
 
 def describe(config: ConfigDict) -> str:
@@ -82,4 +94,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, _FLAGS)

@@ -1,5 +1,6 @@
 """Programs find their hosts, and leave with an exit code that says what a launch script should do."""
 
+import importlib
 import os
 import random
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 from absl import app
 from programs import run_program
 
-from diffussm_jax import cli
+from diffussm_jax import __main__, cli
 
 JOIN = """
 from diffussm_jax import cli
@@ -36,6 +37,31 @@ def test_processes_of_a_slurm_job_find_each_other():
             subprocess.Popen([sys.executable, "-c", JOIN], env=environment, stdout=subprocess.PIPE, text=True)
         )
     assert [process.communicate(timeout=120)[0].split() for process in processes] == [["0", "2"], ["1", "2"]]
+
+
+@pytest.mark.parametrize("name", __main__.PROGRAMS)
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
+def test_help_shows_an_example_and_every_flag_with_its_default(name, flag):
+    program = importlib.import_module(f"diffussm_jax.{name}" + (".__main__" if name == "bench" else ""))
+    code, printed = run_program(program.main, flag, flag_values=program._FLAGS)
+    assert code == 0 and f"python -m diffussm_jax.{name} " in printed
+    for of_flag in {program._FLAGS[key].name: program._FLAGS[key] for key in program._FLAGS}.values():
+        assert printed.count(f"\n  --{of_flag.name}: ") == 1
+        if of_flag.default not in (None, []):
+            line = printed.split(f"\n  --{of_flag.name}: ")[1].split("\n  --")[0]
+            assert f"(default: {of_flag.default_as_str.strip(chr(39))})" in " ".join(line.split())
+    assert ("Flags of libraries" in printed) == (flag == "--helpfull")
+    assert ("absl" in printed) == (flag == "--helpfull")
+
+
+def test_the_package_lists_its_programs_and_runs_one():
+    command = [sys.executable, "-m", "diffussm_jax"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in listed.splitlines()[2:]] == list(__main__.PROGRAMS)
+    wrong = subprocess.run([*command, "sampel"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "unknown program 'sampel'; choose one of main, sample" in wrong.stderr
+    found = subprocess.run([*command, "sample", "--workdir=/nowhere"], capture_output=True, text=True)
+    assert found.returncode == 1 and "/nowhere holds no run" in found.stderr and "Traceback" not in found.stderr
 
 
 def test_a_job_of_one_process_joins_nobody(monkeypatch):

@@ -410,7 +410,7 @@ WRONG_COMMANDS = {
 def test_the_command_line_refuses_what_is_wrong(case, tmp_path, monkeypatch):
     arguments, message = WRONG_COMMANDS[case]
     monkeypatch.chdir(ROOT)
-    code, printed = run_program(main.main, f"--workdir={tmp_path / 'run'}", *arguments)
+    code, printed = run_program(main.main, f"--workdir={tmp_path / 'run'}", *arguments, flag_values=main._FLAGS)
     assert code != 0 and re.search(message, printed), printed
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks; docs/bench.md explains each figure.
+"""Measures speed, memory and accuracy of the parts and of whole steps; docs/bench.md explains each figure.
 
 python -m diffussm_jax.bench ssm
 python -m diffussm_jax.bench ssm --shapes=4x1024x384x64,2x4096x384x64 --methods=fft_naive,fft,chunked --repeats=9
