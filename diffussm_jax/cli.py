@@ -32,9 +32,10 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
 
     Programs that can be imported together need `flag_values` of their own, so that flag names do not collide.
 
-    A ValueError (invalid input), an OSError and a FloatingPointError (a diverged run) are printed without a traceback,
-    and the exit code is 1. --verbosity=1 prints the traceback too. After any other exception the exit code is 70. Log
-    messages of libraries below warnings are hidden; --verbosity=0 shows them. --help prints `help_text`.
+    A ValueError (invalid input), an OSError, a FloatingPointError (a diverged run) and a MemoryError of the host are
+    printed without a traceback, and the exit code is 1. --verbosity=1 prints the traceback too. After any other
+    exception the exit code is 70. Log messages of libraries below warnings are hidden; --verbosity=0 shows them. --help
+    prints `help_text`.
     """
 
     def start(argv: list[str]) -> int:
@@ -50,9 +51,15 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except MemoryError as error:
+            print(f"error: this machine's memory does not suffice: {error}. Choose smaller sizes", file=sys.stderr)
+            return 1
         except app.UsageError:
             raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, ImportError) and "gcsfs" in str(error):
+                print("error: paths gs://... need gcsfs: pip install 'diffussm_jax[gcs]'", file=sys.stderr)
+                return 1
             traceback.print_exc()
             return CRASHED
 

@@ -255,10 +255,12 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     config = make_choices(copy.deepcopy(config).unlock(), changes)
     values = {key: value for key, value in changes.items() if key != "imports" and not is_choice(key)}
     check_keys(values, flatten(config))
-    try:
-        config.update_from_flattened_dict(values)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    for key, value in values.items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except TypeError as error:
+            kind = type(flatten(config)[key]).__name__
+            raise ValueError(f"config.{key} must be of type {kind}, got {value!r}") from error
     return config
 
 

@@ -3,14 +3,19 @@
 import importlib
 import os
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import app
 from programs import run_program
 
 from diffussm_jax import __main__, cli
+from diffussm_jax import main as train_program
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 JOIN = """
 from diffussm_jax import cli
@@ -82,6 +87,7 @@ EXIT_CODES = [
     (ValueError, 1, False),
     (OSError, 1, False),
     (FloatingPointError, 1, False),
+    (MemoryError, 1, False),
     (RuntimeError, cli.CRASHED, True),
     (app.UsageError, 1, False),
 ]
@@ -95,6 +101,22 @@ def test_exit_codes(exception, code, has_traceback):
     found, printed = run_program(main)
     assert (found, "Traceback" in printed) == (code, has_traceback)
     assert "wrong" in printed
+
+
+def test_sizes_beyond_the_memory_are_named(tmp_path):
+    for key, value in (("batch_size", 10**15), ("data.image_size", 10**8), ("model.width", 4 * 10**14)):
+        arguments = (f"--config={CONFIGS / 'digits.py'}", f"--workdir={tmp_path / 'run'}", f"--config.{key}={value}")
+        code, printed = run_program(train_program.main, *arguments, flag_values=train_program._FLAGS)
+        assert code == 1 and re.search(r"memory does not suffice: .* [TP]iB", printed), (key, printed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_buckets_without_their_extra_name_it():
+    def main():
+        raise ImportError("Please install gcsfs to access Google Storage")  # as fsspec raises it
+
+    code, printed = run_program(main)
+    assert code == 1 and "pip install 'diffussm_jax[gcs]'" in printed and "Traceback" not in printed
 
 
 def test_exit_code_of_a_process():
