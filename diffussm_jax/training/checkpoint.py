@@ -26,6 +26,7 @@ NUM_NEWEST = 2
 DIRECTORY = "checkpoints"
 CHECKSUMS = "checksums.json"
 _ABOUT = "about"
+_METRICS = "metrics/metrics"  # Orbax's file of the metrics of a step
 # Orbax writes these after the checksums, when it renames a checkpoint. They are not read.
 _WITHOUT_CHECKSUM = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _PACKAGES = ("diffussm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -61,7 +62,8 @@ class Store:
       items: names of the pytrees of a step.
       policy: which steps are kept; all if None.
       best: the metric of `best_step`.
-      is_read_only: if False, incomplete saves of a killed run are deleted.
+      is_read_only: if False, incomplete saves of a killed run are deleted, and steps whose metrics are damaged are
+        quarantined and reported.
     """
 
     def __init__(
@@ -73,18 +75,21 @@ class Store:
         best: Best | None = None,
         is_read_only: bool = False,
     ):
-        self.directory = directory
+        self.directory, self._best = directory, best
+        if not is_read_only:
+            self._quarantine_damaged_metrics()
         options = ocp.CheckpointManagerOptions(
             best_fn=best.score if best else None,
             best_mode="max",
+            # Else Orbax reads the metrics of all steps here, and fails if those of one are damaged.
+            lightweight_initialize=is_read_only,
             preservation_policy=policy,
             create=not is_read_only,
             cleanup_tmp_directories=not is_read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        # With named handlers, the shapes in a checkpoint can be read without its arrays.
-        handlers = {item: ocp.PyTreeCheckpointHandler() for item in items} | {_ABOUT: ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+        self._handlers = {item: ocp.PyTreeCheckpointHandler() for item in items} | {_ABOUT: ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=self._handlers)
         self._being_saved: int | None = None
 
     def steps(self) -> list[int]:
@@ -92,8 +97,32 @@ class Store:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the best metric, or None."""
-        return self._manager.best_step()
+        """The step of the best metric, the latest of equal ones; None if no step has metrics that can be read."""
+        found = {step: self._read_metrics(step) for step in self.steps()}
+        scores = [(self._best.score(metrics), step) for step, metrics in found.items() if isinstance(metrics, dict)]
+        return max(scores)[1] if scores else None
+
+    def _read_metrics(self, step: int) -> dict | ValueError | None:
+        """The metrics of a step; None if it has none, or the error if they are damaged."""
+        path = self.directory / str(step) / _METRICS
+        try:
+            metrics = json.loads(path.read_bytes())
+            if not isinstance(metrics, dict) or not all(isinstance(v, int | float) for v in metrics.values()):
+                raise ValueError(f"{metrics!r} are no metrics")
+        except FileNotFoundError:
+            return None
+        except ValueError as error:  # of text and of JSON
+            return error
+        return metrics
+
+    def _quarantine_damaged_metrics(self) -> None:
+        if jax.process_index() == 0 and self.directory.exists():
+            for step in sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()):
+                if isinstance(error := self._read_metrics(step), ValueError):
+                    aside = self.quarantine(step)
+                    print(f"The checkpoint of step {step} was moved to {aside}: {_METRICS}: {error}", flush=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("metrics of checkpoints are read")
 
     def save(self, step: int, items: dict, *, about: dict | None = None, metrics: dict | None = None) -> None:
         """Starts an asynchronous save. The arguments are copied first, and may be donated after the return."""
@@ -158,9 +187,9 @@ class Store:
         """
         self._manager.wait_until_finished()
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        metadata, arguments = self._manager.item_metadata(step), {}
+        arguments = {}
         for item, tree in like.items():
-            found = shapes_by_path(getattr(metadata[item], "tree", metadata[item]))
+            found = shapes_by_path(self._metadata(step, item))
             retired = [path for path in found if path.startswith(_RETIRED)]
             path = self.directory / str(step)
             check_same_shapes(
@@ -176,10 +205,14 @@ class Store:
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         return {item: restored[item] for item in like}
 
+    def _metadata(self, step: int, item: str) -> dict:
+        """The tree of an item, with shapes in place of arrays."""
+        found = self._handlers[item].metadata(self.directory / str(step) / item)
+        return getattr(found, "tree", found)
+
     def restore_scalars(self, step: int, item: str, group: str) -> dict[str, float]:
         """The scalars of a top-level group of an item, by name; empty if there is no such group."""
-        metadata = self._manager.item_metadata(step)[item]
-        names = getattr(metadata, "tree", metadata).get(group, {})
+        names = self._metadata(step, item).get(group, {})
         if not names:
             return {}
         tree = {group: {name: np.zeros(()) for name in names}}

@@ -163,6 +163,22 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     assert (tmp_path / "checkpoints_damaged" / "3.1").is_dir()
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b'{"eval_loss": 0.', b"[1]", b'{"eval_loss": "low"}'])
+def test_damaged_metrics_of_one_checkpoint_stop_neither_sampling_nor_resuming(content, tmp_path, capsys):
+    with contextlib.closing(Checkpointer(tmp_path, keep_every=1)) as checkpointer:
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
+            save(checkpointer, state_at(step), metrics={"eval_loss": loss})
+    (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_bytes(content)
+    with contextlib.closing(Checkpointer(tmp_path, is_read_only=True)) as checkpointer:
+        assert [checkpointer.resolve(which) for which in ("latest", "best", "1")] == [3, 1, 1]
+        np.testing.assert_array_equal(checkpointer.restore_ema(2, state_at(0).params)["w"]["kernel"], 2.0)
+    with contextlib.closing(Checkpointer(tmp_path, keep_every=1)) as checkpointer:
+        assert checkpointer.steps() == [1, 3] and checkpointer.latest_valid_step() == 3
+        save(checkpointer, state_at(4), metrics={"eval_loss": 0.5})
+    assert (tmp_path / "checkpoints_damaged" / "2" / "ema").is_dir()
+    assert "checkpoint of step 2 was moved to" in capsys.readouterr().out
+
+
 def test_in_a_bucket_damage_is_found_and_set_aside_file_by_file(tmp_path, monkeypatch):
     """gs:// with a file system in memory in place of Google's; Orbax, which would go past that, takes no part."""
     in_memory = fsspec.filesystem("memory")
