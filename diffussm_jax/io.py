@@ -4,6 +4,7 @@ Paths may be local or in a bucket (gs://...). Buckets cannot rename, so an objec
 """
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -30,6 +31,21 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     partial = partial_path(path)
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
+
+
+def read_json(path: epath.Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: the file is damaged: not text, cut, or not an object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} where an object should be")
+    except ValueError as error:  # of text, too
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return found
 
 
 def check_writable(path: epath.PathLike) -> None:

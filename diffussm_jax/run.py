@@ -11,7 +11,6 @@ Configs and checkpoints of older versions are read too.
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,6 +22,7 @@ from diffussm_jax import config as config_lib
 from diffussm_jax.build import Parts
 from diffussm_jax.data.codec import Codec
 from diffussm_jax.diffusion import Prediction
+from diffussm_jax.io import read_json
 from diffussm_jax.models import Backbone
 from diffussm_jax.parallel.mesh import make_mesh, replicated
 from diffussm_jax.training.checkpoint import Best, Checkpointer
@@ -160,11 +160,12 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
 
     Raises:
       FileNotFoundError: the folder holds no run.
+      ValueError: the file is damaged, or of a newer version.
     """
     path = epath.Path(workdir) / CONFIG_NAME
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_NAME} in it")
-    return config_lib.from_plain(json.loads(path.read_text()))
+    return config_lib.from_plain(read_json(path))
 
 
 def load_run(

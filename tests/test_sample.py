@@ -168,6 +168,13 @@ def test_a_checkpoint_or_run_that_is_not_there_is_named(tiny_run, tmp_path):
         load_run(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"model": {"wi', b"\xff\x00", b"[1, 2]", b"null"])
+def test_a_damaged_config_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json is damaged: "):
+        load_run(tmp_path)
+
+
 def test_an_ending_in_out_is_not_doubled(tmp_path):
     png, npz = save_samples(np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int32), tmp_path / "a.b.npz")
     assert (png.name, npz.name) == ("a.b.png", "a.b.npz")

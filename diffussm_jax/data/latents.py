@@ -28,10 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from diffussm_jax.io import file_sha256, is_bucket, partial_path, write_whole
+from diffussm_jax.io import file_sha256, is_bucket, partial_path, read_json, write_whole
 
 FORMAT_VERSION = 1
 NAME = "latents"
+# What a card needs so that its latents can be read.
+_CARD = {"num_records": int, "image_size": int, "latent_shape": list, "class_names": list, "vae": dict, "shards": list}
+_VAE = {"name": str, "encoder_sha256": str, "scaling_factor": int | float, "dtype": str}
+_SHARD = {"file": str, "file_bytes": int, "num_records": int, "num_bytes": int, "sha256": str}
 _FILENAME_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -252,13 +256,31 @@ def read_card(folder: epath.PathLike, split: str) -> dict:
             f"{folder} holds no finished latents of split {split!r}: there is no {path.name}; {found}. "
             "`python -m diffussm_jax.precompute` makes them."
         )
-    try:
-        card = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(card, dict) or card.get("format_version") != FORMAT_VERSION:
+    card = read_json(path)
+    if card.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} is not a card of format version {FORMAT_VERSION}")
+    _check_keys(card, path)
     return card
+
+
+def _check_keys(card: Mapping, path: epath.Path) -> None:
+    """Raises ValueError if a key is missing or of another type, or the number of records is not that of the shards."""
+
+    def check(group, keys, where):
+        for key, kind in keys.items():
+            if not isinstance(group, dict) or not isinstance(group.get(key), kind):
+                raise ValueError(f"{path} is damaged: {where}{key} is missing or of another type")
+
+    check(card, _CARD, "")
+    check(card["vae"], _VAE, "vae.")
+    for i, shard in enumerate(card["shards"]):
+        check(shard, _SHARD, f"shards[{i}].")
+    in_shards = sum(shard["num_records"] for shard in card["shards"])
+    if card["num_records"] != in_shards:
+        raise ValueError(f"{path} is damaged: num_records is {card['num_records']}, its shards hold {in_shards}")
+    shape = card["latent_shape"]
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{path} is damaged: latent_shape is {shape}, and must be [H, W, C]")
 
 
 def check_card(card: Mapping, data: Mapping, path: str) -> None:

@@ -338,7 +338,7 @@ class Checkpointer:
             "window": window or {},
         }
         self._store.save(
-            int(state.step), {"train": _without_ema(state), "ema": ema_params}, about=about, metrics=metrics or None
+            int(state.step), {"train": _without_ema(state), "ema": ema_params}, about=about, metrics=metrics or {}
         )
 
     def restore(self, step: int, like: Any) -> Any:

@@ -86,15 +86,12 @@ def train(
       FloatingPointError: more than `task.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
     """
     e, workdir = experiment, epath.Path(workdir)
-    path = workdir / CONFIG_NAME
-    if path.exists():
-        e.check_config(json.loads(path.read_text()), str(workdir))
     with contextlib.ExitStack() as stack:
         checkpointer = Checkpointer(workdir, config=e.config, keep_every=e.keep_every, best=e.best)
         stack.enter_context(contextlib.closing(checkpointer))
         state, step, window = _start(e, checkpointer)
         if jax.process_index() == 0:
-            write_whole(path, json.dumps(e.config, indent=2))
+            write_whole(workdir / CONFIG_NAME, json.dumps(e.config, indent=2))
         log = stack.enter_context(contextlib.closing(MetricsLog(workdir, step, wandb_project, e.config)))
         profile = stack.enter_context(contextlib.closing(Profile(workdir, profile_steps)))
         hooks = []

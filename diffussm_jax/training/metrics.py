@@ -48,15 +48,36 @@ class MetricsLog:
         workdir = epath.Path(workdir)
         self._path = workdir / CSV_NAME
         if self._path.exists():
-            for row in csv.DictReader(io.StringIO(self._path.read_text())):
-                if int(row["step"]) <= resumed_step:
-                    self._rows[int(row["step"])] = row
+            self._rows = {step: row for step, row in self._read().items() if step <= resumed_step}
         if wandb_project:
             self._wandb = _start_wandb(workdir, wandb_project, config)
         if is_bucket(workdir):
             self._copied = Path(tempfile.mkdtemp(prefix="events_")), workdir
         folder = str(self._copied[0] if self._copied else workdir)
         self._events = SummaryWriter(folder, purge_step=resumed_step + 1, filename_suffix=f".{resumed_step}")
+
+    def _read(self) -> dict[int, dict[str, object]]:
+        """The rows of the file by step. If a row cannot be read, the file is copied aside, and the others are used."""
+        content, rows, num_damaged = self._path.read_bytes(), {}, 0
+        text = content.decode("utf-8", "replace").replace("\0", "\ufffd")
+        try:
+            for row in csv.DictReader(io.StringIO(text, newline="")):
+                step = row.get("step") or ""
+                if step.isdecimal() and None not in row and "\ufffd" not in "".join(map(str, row.values())):
+                    rows[int(step)] = {name: value or "" for name, value in row.items()}
+                else:
+                    num_damaged += 1
+        except csv.Error:  # such as a field of 131,072 characters
+            num_damaged += 1
+        if num_damaged or not text.startswith("step"):
+            aside = self._path.with_name(f"{self._path.name}.damaged")
+            write_whole(aside, content)
+            print(
+                f"{self._path} is damaged, and was copied to {aside}. {len(rows)} rows can be read, "
+                f"{num_damaged} cannot.",
+                flush=True,
+            )
+        return rows
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics to the row of a step, to TensorBoard, and to Weights & Biases."""

@@ -157,6 +157,31 @@ def test_a_damaged_card_is_named(tmp_path, text):
         latents.Latents(tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        *(((key,), None, f"{key} is missing") for key in ("num_records", "image_size", "latent_shape", "class_names")),
+        *(((key,), 3.5, f"{key} is missing or of another type") for key in ("vae", "shards")),
+        (("vae", "scaling_factor"), "big", "vae.scaling_factor is missing or of another type"),
+        (("shards", 1, "sha256"), None, r"shards\[1\].sha256 is missing"),
+        (("num_records",), 10**9, "num_records is 1000000000, its shards hold 8"),
+        (("latent_shape",), [2, 0, 4], r"latent_shape is \[2, 0, 4\]"),
+    ],
+    ids=str,
+)
+def test_a_card_without_a_key_or_with_a_wrong_number_is_named(path, value, message, tmp_path):
+    _write(tmp_path)
+    file = tmp_path / "card-train.json"
+    card = json.loads(file.read_text())
+    group = card
+    for key in path[:-1]:
+        group = group[key]
+    group[path[-1]] = value
+    file.write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=rf"{file} is damaged: {message}"):
+        latents.read_card(tmp_path, "train")
+
+
 def test_damaged_metadata_are_named(tmp_path):
     _write(tmp_path)
     (tmp_path / "features.json").write_text("{")

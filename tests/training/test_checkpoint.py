@@ -71,7 +71,7 @@ def test_a_checkpoint_without_the_metric_counts_as_worst(mode, best, kept, tmp_p
         assert checkpointer.steps() == kept
 
 
-def test_without_any_metric_the_best_is_the_latest(tmp_path):
+def test_without_any_metric_the_best_is_the_latest(tmp_path, caplog):
     with contextlib.closing(Checkpointer(tmp_path, keep_every=1)) as checkpointer:
         for step, metrics in enumerate([None, {"other": 1.0}, {"other": 2.0}, {"other": 0.5}], start=1):
             save(checkpointer, state_at(step), metrics=metrics)

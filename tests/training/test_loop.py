@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import types
 
@@ -106,6 +107,23 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_run):
     with pytest.raises(ValueError, match=r"another config(.|\n)*config.model.width: was 16, is 32"):
         train(build_experiment(config), tiny_run)
     assert json.loads((tiny_run / "config.json").read_text())["model"]["width"] == 16
+
+
+def test_only_a_checkpoint_holds_a_run(tmp_path, monkeypatch):
+    """What a first try leaves, or a damaged config.json, does not stop the corrected command."""
+    for content in ('{"cut": ', "", json.dumps({"another": "config"})):
+        (tmp_path / "config.json").write_text(content)
+
+        def refuse(saved, where):
+            raise ValueError(f"{where}: another config")
+
+        assert train(counting_experiment(num_steps=2, config={"a": 1}, check_config=refuse), tmp_path / "new") is None
+        (tmp_path / "new" / "config.json").write_text(content)
+        assert train(counting_experiment(num_steps=4, config={"a": 1}), tmp_path / "new") is None
+        assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"a": 1}
+        with pytest.raises(ValueError, match="new/checkpoints/4: another config"):
+            train(counting_experiment(num_steps=4, config={"a": 2}, check_config=refuse), tmp_path / "new")
+        shutil.rmtree(tmp_path / "new")
 
 
 def test_held_out_loss_counts_each_row_once(tiny_run):
