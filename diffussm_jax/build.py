@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffussm_jax import registry
 from diffussm_jax.build_data import DataParts
-from diffussm_jax.config import GUIDED_CHANNELS
+from diffussm_jax.config import GUIDED_CHANNELS, sampling_name
 from diffussm_jax.diffusion import Objective
 from diffussm_jax.io import shapes_by_path
 from diffussm_jax.models import Backbone
@@ -141,6 +141,8 @@ class Parts(DataParts):
                     sample_grid,
                     draw=self._draw_grid,
                     num_columns=self._num_grid_columns,
+                    labels=range(config.data.num_classes) if config.data.num_classes else None,
+                    name=sampling_name(config, config.seed),
                     seed=config.seed,
                     every=config.sample_every,
                 )

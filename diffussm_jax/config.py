@@ -264,6 +264,12 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
+def sampling_name(config: ConfigDict, seed: int) -> str:
+    """The sampler, its steps, the guidance scale and the seed, for the names of files: "ddim50_scale1.5_seed0"."""
+    sampling = config.sampling
+    return f"{sampling.sampler}{sampling.num_steps}_scale{sampling.guidance_scale:g}_seed{seed}"
+
+
 def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
     """Raises ValueError, with the nearest known key, if one of the dotted keys is not known."""
     check_names((f"config.{key}" for key in keys), [f"config.{key}" for key in known], "key")

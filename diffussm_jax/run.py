@@ -38,10 +38,12 @@ class Run:
     Attributes:
       parts: the objects that the config describes.
       params: of the model.
+      step: of the checkpoint.
     """
 
     parts: Parts
     params: dict
+    step: int
 
     @property
     def config(self) -> ConfigDict:
@@ -127,7 +129,7 @@ class Run:
         if key not in self._variants:  # each compiles a program of its own
             config = config_lib.override(self.config, _dotted(sampling))
             validate(config)
-            self._variants[key] = Run(dataclasses.replace(self.parts, config=config), self.params)
+            self._variants[key] = dataclasses.replace(self, parts=dataclasses.replace(self.parts, config=config))
         return self._variants[key]
 
     @functools.cached_property
@@ -208,11 +210,13 @@ def load_run(
     if ema_sigma is None:
         best = Best(config.best_metric, config.best_mode)
         with contextlib.closing(Checkpointer(workdir, best=best, is_read_only=True)) as checkpointer:
-            params = checkpointer.restore_ema(checkpointer.resolve(str(checkpoint)), like)
+            step = checkpointer.resolve(str(checkpoint))
+            params = checkpointer.restore_ema(step, like)
     else:
         with contextlib.closing(Snapshots(workdir, is_read_only=True)) as snapshots:
-            params = snapshots.reconstruct(ema_sigma, like, step=_snapshot_step(str(checkpoint)))
-    return Run(parts, params)
+            step = snapshots.resolve(_snapshot_step(str(checkpoint)))
+            params = snapshots.reconstruct(ema_sigma, like, step=step)
+    return Run(parts, params, step)
 
 
 def _snapshot_step(checkpoint: str) -> int | None:

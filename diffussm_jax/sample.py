@@ -3,16 +3,18 @@
 Writes OUT.png, a grid, and OUT.npz in ADM's convention: arr_0 uint8 [N, H, W, C], arr_1 int labels [N].
 """
 
+import itertools
+
 import numpy as np
 from absl import app, flags
 from etils import epath
 from tqdm import tqdm
 
 from diffussm_jax import cli
-from diffussm_jax.config import MAX_SEED
+from diffussm_jax.config import MAX_SEED, sampling_name
 from diffussm_jax.data.transforms import image_grid, save_png
 from diffussm_jax.io import check_writable
-from diffussm_jax.run import load_run
+from diffussm_jax.run import Run, load_run
 
 _FLAGS = flags.FlagValues()  # of its own, so that several programs can be imported together
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of diffussm_jax.main.", flag_values=_FLAGS)
@@ -28,7 +30,11 @@ _STEPS = flags.DEFINE_integer(
     "steps", None, "Number of sampling steps. Default: config.", lower_bound=1, flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "Output path without extension. Default: WORKDIR/samples/final.", flag_values=_FLAGS
+    "out",
+    None,
+    "Output path without extension. Default: in WORKDIR/samples, a name of step, sampler, steps, guidance scale and "
+    "seed, and a number if that file exists.",
+    flag_values=_FLAGS,
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=MAX_SEED, flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per batch.", lower_bound=1, flag_values=_FLAGS)
@@ -52,11 +58,23 @@ def output_paths(out: epath.PathLike) -> tuple[epath.Path, epath.Path]:
     return out.parent / (out.name + ".png"), out.parent / (out.name + ".npz")
 
 
-def save_samples(images: np.ndarray, labels: np.ndarray, out: epath.PathLike) -> tuple[epath.Path, epath.Path]:
+def default_out(workdir: epath.PathLike, run: Run, seed: int, ema_sigma: float | None = None) -> epath.Path:
+    """A path in WORKDIR/samples that says how images are sampled, and at which no file is yet."""
+    of_ema = "" if ema_sigma is None else f"_ema{ema_sigma:g}"
+    name = f"step_{run.step:08d}{of_ema}_{sampling_name(run.config, seed)}_samples"
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    paths = (epath.Path(workdir) / "samples" / name for name in names)
+    return next(path for path in paths if not any(output.exists() for output in output_paths(path)))
+
+
+def save_samples(
+    images: np.ndarray, labels: np.ndarray, out: epath.PathLike, *, shows_labels: bool = True
+) -> tuple[epath.Path, epath.Path]:
     """Writes OUT.png, a grid of at most 100 images, and OUT.npz (arr_0 images, arr_1 labels). Returns both paths."""
     png, npz = output_paths(out)
     png.parent.mkdir(parents=True, exist_ok=True)
-    save_png(png, image_grid(images[:_MAX_GRID_IMAGES], min(_GRID_COLUMNS, len(images))))
+    shown = labels[:_MAX_GRID_IMAGES] if shows_labels else None
+    save_png(png, image_grid(images[:_MAX_GRID_IMAGES], min(_GRID_COLUMNS, len(images)), shown))
     with npz.open("wb") as file:
         np.savez(file, images, labels)  # positional: arr_0 and arr_1
     return png, npz
@@ -71,9 +89,8 @@ def main() -> int:
     if _LABELS.value is not None and not all(label.strip().isdecimal() for label in _LABELS.value):
         raise ValueError(f"--labels must be whole numbers separated by commas, got {','.join(_LABELS.value)}")
     cli.keep_freed_memory()
-    out = _OUT.value or epath.Path(_WORKDIR.value) / "samples" / "final"
-    if _OUT.value:  # else the folder of a run, which may not be one
-        for path in output_paths(out):
+    if _OUT.value:
+        for path in output_paths(_OUT.value):
             check_writable(path)
     overrides = {"guidance_scale": _GUIDANCE_SCALE.value, "sampler": _SAMPLER.value, "num_steps": _STEPS.value}
     run = load_run(
@@ -83,6 +100,7 @@ def main() -> int:
         vae=_VAE.value,
         **{key: value for key, value in overrides.items() if value is not None},
     )
+    out = _OUT.value or default_out(_WORKDIR.value, run, _SEED.value, _EMA_SIGMA.value)
     with tqdm(total=_NUM_SAMPLES.value, unit="image", dynamic_ncols=True) as bar:
         images, labels = run.sample(
             _NUM_SAMPLES.value,
@@ -91,7 +109,7 @@ def main() -> int:
             batch_size=_BATCH_SIZE.value,
             progress=bar.update,
         )
-    png, npz = save_samples(images, labels, out)
+    png, npz = save_samples(images, labels, out, shows_labels=run.config.data.num_classes > 0)
     print(f"Wrote {png} and {npz}.")
     return 0
 

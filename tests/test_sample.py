@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 import traceback
@@ -53,7 +54,8 @@ def test_the_command_writes_a_grid_and_adms_npz(tiny_run, tmp_path):
         )
         np.testing.assert_array_equal(file["arr_0"], images)
         np.testing.assert_array_equal(file["arr_1"], labels)
-    assert Image.open(tmp_path / "x" / "seven.png").size == (7 * 34 + 2, 34 + 2)
+    size = 8 * 10 + 2  # above 512 pixels in 7 columns
+    assert Image.open(tmp_path / "x" / "seven.png").size == (7 * size + 2, size + 18 + 2)
 
 
 def test_the_command_names_what_is_wrong(tiny_run, tmp_path):
@@ -173,6 +175,19 @@ def test_a_damaged_config_is_named(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"{tmp_path}/config.json is damaged: "):
         load_run(tmp_path)
+
+
+def test_files_say_how_the_images_were_made_and_are_never_overwritten(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    arguments = (f"--workdir={tmp_path / 'run'}", "--num_samples=1", "--seed=7", "--guidance_scale=2.5", "--steps=2")
+    for _ in range(2):
+        code, printed = run_program(program.main, *arguments, flag_values=program._FLAGS)
+        assert code == 0, printed
+    name = "step_00000012_ddim2_scale2.5_seed7_samples"
+    found = {p.name for p in (tmp_path / "run" / "samples").iterdir()} - {
+        p.name for p in (tiny_run / "samples").iterdir()
+    }
+    assert found == {f"{name}{number}{ending}" for number in ("", "_2") for ending in (".png", ".npz")}
 
 
 def test_an_ending_in_out_is_not_doubled(tmp_path):

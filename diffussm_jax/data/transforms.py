@@ -1,12 +1,14 @@
 """Conversion between 8-bit pixels and model values, crops, and grids of images."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+_MIN_GRID_WIDTH, _FONT_SIZE, _LINE = 512, 14, 18  # pixels
 _MAX_SCALED_PIXELS = 1 << 26  # 200 MB
 
 
@@ -110,26 +112,46 @@ def random_crop(
     return _scale_and_crop(picture, (width, height), left, top, size)
 
 
-def image_grid(images: np.ndarray, num_columns: int, *, min_tile: int = 32) -> np.ndarray:
-    """Arranges images in raster order on white.
+def image_grid(images: np.ndarray, num_columns: int, labels: Sequence | None = None) -> np.ndarray:
+    """Arranges images in raster order on white, at least 512 pixels wide: small images by repeating their pixels.
 
     Args:
       images: [B, H, W, C] uint8.
-      min_tile: images smaller than this many pixels are enlarged by repeating pixels.
+      num_columns: images in a row.
+      labels: [B], written above the columns if all images of a column have the same one, else to the left of the rows
+        if all of a row have, else above each image. None: no text.
 
     Returns:
-      [rows * (H' + 2) + 2, num_columns * (W' + 2) + 2, C] uint8.
+      [H', W', C] uint8.
     """
-    zoom = max(1, math.ceil(min_tile / images.shape[1]))
+    zoom = max(1, math.ceil(_MIN_GRID_WIDTH / (num_columns * images.shape[2])))
     images = images.repeat(zoom, 1).repeat(zoom, 2)
     B, H, W, C = images.shape
-    num_rows = -(-B // num_columns)
-    grid = np.full((num_rows * (H + 2) + 2, num_columns * (W + 2) + 2, C), 255, np.uint8)
-    for i, image in enumerate(images):
-        row, column = divmod(i, num_columns)
-        top, left = row * (H + 2) + 2, column * (W + 2) + 2
-        grid[top : top + H, left : left + W] = image
-    return grid
+    rows, columns = np.divmod(np.arange(B), num_columns)
+    texts = [] if labels is None else [str(label) for label in labels]
+    place = next((k for k, groups in (("columns", columns), ("rows", rows)) if _is_shared(texts, groups)), "images")
+    font = ImageFont.load_default(_FONT_SIZE)
+    has_line, left = bool(texts) and place == "images", 0  # above each row of images
+    top = _LINE if texts and place == "columns" else 0
+    if texts and place == "rows":
+        left = math.ceil(max(font.getlength(text) for text in texts)) + 4
+    tile_height = H + 2 + (_LINE if has_line else 0)
+    width, height = left + num_columns * (W + 2) + 2, top + int(rows[-1] + 1) * tile_height + 2
+    grid = Image.new("L" if C == 1 else "RGB", (width, height), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        x, bottom = left + column * (W + 2) + 2, top + (row + 1) * tile_height
+        grid.paste(Image.fromarray(images[i, ..., 0] if C == 1 else images[i]), (x, bottom - H))
+        if has_line or (top and row == 0):
+            draw.text((x + W / 2, bottom - H - 2), texts[i], "black", font, "ms")
+        elif left and column == 0:
+            draw.text((left, bottom - H / 2), texts[i], "black", font, "rm")
+    return np.asarray(grid).reshape(height, width, C)
+
+
+def _is_shared(texts: Sequence[str], groups: np.ndarray) -> bool:
+    """Whether the images of each group have one text."""
+    return len(set(zip(groups.tolist(), texts, strict=False))) == len(set(groups.tolist()))
 
 
 def save_png(path, image: np.ndarray) -> None:

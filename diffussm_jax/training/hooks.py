@@ -3,7 +3,7 @@
 A hook is made by a function of a `HookContext` and its options, so that a config can choose it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,10 +56,12 @@ def sample_grid(
     *,
     draw: Callable[[dict, jax.Array], np.ndarray],
     num_columns: int,
+    labels: Sequence[int] | None,
+    name: str,
     seed: int,
     every: int,
 ) -> Hook:
-    """Draws images with the averaged parameters, and writes them as a grid to samples/step_NNNNNNNN.png.
+    """Draws images with the averaged parameters, and writes them as a grid to samples/step_NNNNNNNN_NAME.png.
 
     Where an image has values that are not finite, it says so and writes nothing.
 
@@ -67,6 +69,8 @@ def sample_grid(
       context: of the run.
       draw: (params, key) -> images [B, H, W, C] uint8.
       num_columns: of the grid.
+      labels: the class of each column; None without classes.
+      name: how the images are sampled, for the file's name.
       seed: of the noise, which is the same every time.
       every: interval in steps.
     """
@@ -80,9 +84,10 @@ def sample_grid(
                 print(f"step {step}: no grid of samples: {error}", flush=True)
             return {}
         if jax.process_index() == 0:
-            grid, folder = image_grid(images, num_columns), context.workdir / "samples"
+            texts = None if labels is None else [labels[i % num_columns] for i in range(len(images))]
+            grid, folder = image_grid(images, num_columns, texts), context.workdir / "samples"
             folder.mkdir(parents=True, exist_ok=True)
-            save_png(folder / f"step_{step:08d}.png", grid)
+            save_png(folder / f"step_{step:08d}_{name}.png", grid)
             context.log.image(step, "samples", grid)
         return {}
 

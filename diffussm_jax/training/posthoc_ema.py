@@ -82,6 +82,15 @@ class Snapshots:
         if step not in self._store.steps():
             self._store.save(step, power_ema)
 
+    def resolve(self, step: int | None) -> int:
+        """The step, or the last stored one if None. Raises as `reconstruct`."""
+        steps = self._store.steps()
+        if not steps:
+            raise FileNotFoundError(f"no averages in {self._store.directory}: train with config.posthoc_ema_every")
+        if step is not None and step not in steps:
+            raise ValueError(f"no averages of step {step} in {self._store.directory}; choose one of {steps}")
+        return steps[-1] if step is None else step
+
     def reconstruct(self, sigma_rel: float, like, *, step: int | None = None):
         """Reconstructs the average of another length.
 
@@ -97,13 +106,8 @@ class Snapshots:
           FileNotFoundError: nothing is stored.
           ValueError: sigma_rel is out of range, the step is not stored, or a file is damaged.
         """
-        steps = self._store.steps()
-        if not steps:
-            raise FileNotFoundError(f"no averages in {self._store.directory}: train with config.posthoc_ema_every")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise ValueError(f"no averages of step {step} in {self._store.directory}; choose one of {steps}")
-        stored = [(s, sigma) for s in steps if s <= step for sigma in SIGMAS]
+        step = self.resolve(step)
+        stored = [(s, sigma) for s in self._store.steps() if s <= step for sigma in SIGMAS]
         weights = coefficients([(s, float(sigma)) for s, sigma in stored], (step, sigma_rel))
         total = None
         for (s, sigma), weight in zip(stored, weights, strict=True):

@@ -30,13 +30,42 @@ def test_pixels_survive_the_way_there_and_back():
 
 def test_grid_shows_every_image_in_raster_order(tmp_path):
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    save_png(tmp_path / "grid.png", image_grid(images, 3, min_tile=8))
+    save_png(tmp_path / "grid.png", image_grid(images, 3))
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
+    tile = 4 * 43  # 3 of them are the first to make 512 pixels
+    step = tile + 2
+    assert grid.shape == (2 * step + 2, 3 * step + 2, 3)
     for i in range(5):
         row, column = divmod(i, 3)
-        assert (grid[row * 10 + 2 : row * 10 + 10, column * 10 + 2 : column * 10 + 10] == i).all()
-    assert (grid[:2] == 255).all() and (grid[12:, 22:] == 255).all()
+        top, left = row * step + 2, column * step + 2
+        assert (grid[top : top + tile, left : left + tile] == i).all()
+    assert (grid[:2] == 255).all() and (grid[step + 2 :, 2 * step + 2 :] == 255).all()
+    assert image_grid(np.zeros((2, 300, 300, 1), np.uint8), 2).shape == (304, 606, 1)  # large ones stay as they are
+
+
+@pytest.mark.parametrize(
+    ("labels", "shape", "where"),
+    [
+        ([0, 1, 2, 0, 1, 2], (18 + 2 * 174 + 2, 3 * 174 + 2), "above the first row"),
+        (["cat", "cat", "cat", "dog", "dog", "dog"], (2 * 174 + 2, None), "beside the rows"),
+        ([0, 1, 2, 3, 4, 5], (2 * 192 + 2, 3 * 174 + 2), "above each image"),
+    ],
+)
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_grid_shows_labels_where_they_are_shared(labels, shape, where, num_channels):
+    images = np.full((6, 4, 4, num_channels), 255, np.uint8)
+    grid = image_grid(images, 3, labels)
+    assert grid.shape[0] == shape[0] and (shape[1] or grid.shape[1]) == grid.shape[1] and grid.shape[2] == num_channels
+    rows, columns = np.nonzero(grid.min(-1) < 128)  # text alone is dark
+    if where == "above the first row":
+        assert rows.max() < 20 and {int(c) // 174 for c in columns} == {0, 1, 2}
+    elif where == "beside the rows":
+        assert columns.max() < grid.shape[1] - 3 * 174 and {int(r) // 174 for r in rows} == {0, 1}
+    else:
+        assert {(int(r) // 192, int(c) // 174) for r, c in zip(rows, columns, strict=True)} == {
+            (r, c) for r in (0, 1) for c in (0, 1, 2)
+        }
+        assert (rows % 192 < 20).all()
 
 
 def adm_center_crop(image, size):

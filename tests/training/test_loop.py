@@ -90,7 +90,9 @@ def test_a_stopped_run_resumes_exactly(signum, stop_at, experiment, uninterrupte
 def test_a_run_leaves_what_the_readme_promises(tiny_run):
     assert [row["step"] for row in rows(tiny_run)] == ["3", "6", "9", "12"]
     assert json.loads((tiny_run / "config.json").read_text())["model"]["width"] == 16
-    assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
+    assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == [
+        f"step_{step:08d}_ddim3_scale1.5_seed0.png" for step in (6, 12)
+    ]
     assert list(tiny_run.glob("events.out.tfevents.*"))
     assert float(rows(tiny_run)[-1]["mse"]) < float(rows(tiny_run)[0]["mse"])
 

@@ -64,11 +64,12 @@ def test_the_grids_noise_is_the_same_every_time_and_no_training_steps():
 
     with tempfile.TemporaryDirectory() as folder:
         context = context._replace(workdir=epath.Path(folder))
-        hook = hooks.sample_grid(context, draw=draw, num_columns=2, seed=3, every=5)
+        options = {"num_columns": 2, "labels": None, "name": "ddim3"}
+        hook = hooks.sample_grid(context, draw=draw, seed=3, every=5, **options)
         assert hook.run(None, 5) == hook.run(None, 10) == {}
         assert sorted(p.name for p in (context.workdir / "samples").iterdir()) == [
-            "step_00000005.png",
-            "step_00000010.png",
+            "step_00000005_ddim3.png",
+            "step_00000010_ddim3.png",
         ]
     assert keys[0] == keys[1]
     seed = jax.random.key(3)
