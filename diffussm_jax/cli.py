@@ -2,15 +2,18 @@
 
 import ctypes
 import glob
+import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
 import os
+import platform
 import re
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 from absl import app, flags, logging
@@ -149,6 +152,40 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_ARENA_MAX, 1)  # has no effect on threads that allocated before
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def define_compilation_cache(flag_values: flags.FlagValues) -> flags.FlagHolder:
+    """Defines --compilation_cache; pass its value to `use_compilation_cache`."""
+    return flags.DEFINE_string(
+        "compilation_cache",
+        "auto",
+        "Folder of compiled programs, which later starts read: auto, none, or a path. auto: JAX_COMPILATION_CACHE_DIR "
+        "or, if that is not set, diffussm_jax in the user's folder of caches.",
+        flag_values=flag_values,
+    )
+
+
+def use_compilation_cache(value: str) -> None:
+    """Makes JAX keep compiled programs on disk, so that a resumed run starts without compiling.
+
+    Args:
+      value: "auto", "none" or a folder. Programs for CPUs depend on the processor, so "auto" has a folder for each.
+    """
+    if value == "none":
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif value != "auto":
+        jax.config.update("jax_compilation_cache_dir", value)
+    elif jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "diffussm_jax" / _processor()))
+
+
+def _processor() -> str:
+    """A name for the processor's kind and instructions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    kinds = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return f"{platform.machine()}-{hashlib.sha256(repr(kinds).encode()).hexdigest()[:8]}"
 
 
 def _is_cpu_only() -> bool:

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from diffussm_jax import cli
 from diffussm_jax.build import Parts
 from diffussm_jax.experiment import build_experiment
+from diffussm_jax.parallel.mesh import make_mesh, platform_of
 from diffussm_jax.training.loop import train
-from diffussm_jax.validation import validate
+from diffussm_jax.validation import per_device_microbatch, validate
 
 _FLAGS = flags.FlagValues()  # of its own, so that several programs can be imported together
 _CONFIG = cli.define_config(_FLAGS)
@@ -29,6 +30,7 @@ _DISTRIBUTED = flags.DEFINE_string(
     "auto, none, or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID (`cli.join_hosts`).",
     flag_values=_FLAGS,
 )
+_COMPILATION_CACHE = cli.define_compilation_cache(_FLAGS)
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps",
     None,
@@ -56,6 +58,19 @@ def describe(config: ConfigDict) -> str:
     return f"{line}, {costs.total / 1e9:.3f} G multiply-adds per image in the linear layers (forward)"
 
 
+def describe_machine(config: ConfigDict) -> str:
+    """One line about devices, mesh, dtype, and the method that computes the mixer."""
+    devices, parts = jax.devices(), Parts(config, make_mesh(**config.mesh.to_dict()))
+    axes = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+    line = f"{len(devices)} x {devices[0].device_kind} ({platform_of(devices[0])}), mesh: {axes}"
+    if not parts.trains_model:
+        return line
+    method = parts.model.costs(parts.input_shape, per_device_microbatch(config, parts.mesh.shape)).mixer_method
+    return (
+        line + (f", {config.model.dtype}" if "dtype" in config.model else "") + (f", SSM: {method}" if method else "")
+    )
+
+
 def parse_steps(text: str | None) -> tuple[int, int] | None:
     """Parses "100:105" to (100, 105). Raises ValueError if malformed."""
     if text is None:
@@ -74,10 +89,11 @@ def main() -> int:
     profile_steps = parse_steps(_PROFILE_STEPS.value)
     cli.join_hosts(_DISTRIBUTED.value)
     cli.keep_freed_memory()
+    cli.use_compilation_cache(_COMPILATION_CACHE.value)
     validate(config, jax.device_count())
     is_first_process = jax.process_index() == 0
     if is_first_process:
-        print(describe(config), flush=True)
+        print(describe(config), describe_machine(config), sep="\n", flush=True)
     stopped_by = train(
         build_experiment(config), workdir, profile_steps=profile_steps, wandb_project=_WANDB_PROJECT.value
     )

@@ -44,6 +44,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _EMA_SIGMA = flags.DEFINE_float(
     "ema_sigma", None, "Relative length of a post-hoc EMA, such as 0.08. Default: checkpoint's EMA.", flag_values=_FLAGS
 )
+_COMPILATION_CACHE = cli.define_compilation_cache(_FLAGS)
 _VAE = flags.DEFINE_string("vae", None, "Autoencoder that decodes latents. Default: config.", flag_values=_FLAGS)
 
 _GRID_COLUMNS = 10
@@ -89,6 +90,7 @@ def main() -> int:
     if _LABELS.value is not None and not all(label.strip().isdecimal() for label in _LABELS.value):
         raise ValueError(f"--labels must be whole numbers separated by commas, got {','.join(_LABELS.value)}")
     cli.keep_freed_memory()
+    cli.use_compilation_cache(_COMPILATION_CACHE.value)
     if _OUT.value:
         for path in output_paths(_OUT.value):
             check_writable(path)

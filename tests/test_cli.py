@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import app
 from programs import run_program
 
 from diffussm_jax import __main__, cli
 from diffussm_jax import main as train_program
+from diffussm_jax.config import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -81,6 +83,30 @@ def test_a_job_of_one_process_joins_nobody(monkeypatch):
 def test_malformed_hosts_are_named(value):
     with pytest.raises(ValueError, match=f"must be auto, none or COORDINATOR:PORT.*got '{value}'"):
         cli.join_hosts(value)
+
+
+def test_the_machine_is_described_in_a_line():
+    config = load_config(str(CONFIGS / "digits.py"))
+    line = train_program.describe_machine(config)
+    assert line == f"{jax.device_count()} x cpu (cpu), mesh: data 1, fsdp 1, tensor 1, float32, SSM: fft"
+
+
+def test_compiled_programs_are_kept_in_the_users_folder_unless_told_otherwise(tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(jax.config, "update", found.__setitem__)
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli.use_compilation_cache("auto")
+    (key, folder), *others = found.items()
+    assert key == "jax_compilation_cache_dir" and Path(folder).parent == tmp_path / "diffussm_jax" and not others
+    cli.use_compilation_cache("/some/folder")
+    assert found == {"jax_compilation_cache_dir": "/some/folder"}
+    cli.use_compilation_cache("none")
+    assert found["jax_enable_compilation_cache"] is False
+    found.clear()
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", "/of/the/environment", raising=False)
+    cli.use_compilation_cache("auto")
+    assert found == {}
 
 
 EXIT_CODES = [

@@ -9,6 +9,7 @@ Running the same command again resumes from the newest checkpoint; the losses ar
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,13 +143,18 @@ class _Run:
         batches = prefetch(self._clock.waiting_for(e.train_loader.iterate(step)), self._to_devices)
         bar_options = {"unit": "step", "dynamic_ncols": True, "disable": not self._is_first_process}
         with stop_on_signal() as stopped_by, tqdm(total=e.num_steps, initial=step, **bar_options) as bar:
-            signum = None
+            signum, is_compiled = None, False
+            bar.set_postfix_str("compiling")
             while step < e.num_steps and (signum := stopped_by(step)) is None:
                 self._profile.before(step, state)
                 state, metrics = self._task.train_step(state, next(batches))
                 step += 1
                 self._window.add(metrics)
                 self._clock.step_made(state)
+                if not is_compiled:  # the rate and the time left are those of the other steps
+                    is_compiled, bar.initial, bar.start_t = True, step, time.time()
+                    bar.last_print_t = bar.start_t
+                    bar.set_postfix_str("", refresh=False)
                 bar.update()
                 row = self._measure(state, step, bar) if self._is_due(e.log_every, step) else {}
                 of_hooks = self._run_hooks(state, step)

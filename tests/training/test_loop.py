@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from counting import BATCH_SIZE, Counting, counting_experiment
 from tiny import tiny_config
+from tqdm import tqdm
 
 from diffussm_jax import load_run
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.parallel.mesh import batch_to_devices
-from diffussm_jax.training import telemetry
+from diffussm_jax.training import loop, telemetry
 from diffussm_jax.training.checkpoint import Best, Checkpointer
 from diffussm_jax.training.loop import train
 from diffussm_jax.training.task import Hook
@@ -209,6 +210,22 @@ def test_the_first_row_after_a_resume_times_the_steps_since_then_and_averages_th
 
 def batch_means(loader, num_steps):
     return jax.device_get([jax.numpy.asarray(loader.batch(i)["x"]).mean() for i in range(num_steps)])
+
+
+def test_the_bar_says_that_it_compiles_and_leaves_that_step_out_of_the_rate(tmp_path, monkeypatch, capsys):
+    bars = []
+
+    def bar(*args, **kwargs):
+        bars.append(tqdm(*args, **kwargs))
+        return bars[-1]
+
+    def before_step(step):
+        assert step % 6 or ("compiling" in capsys.readouterr().err and bars[-1].initial == step)
+
+    monkeypatch.setattr(loop, "tqdm", bar)
+    assert train(counting_experiment(before_step, num_steps=6), tmp_path) is None
+    assert train(counting_experiment(before_step, num_steps=12), tmp_path) is None
+    assert [bar.initial for bar in bars] == [1, 7] and all("compiling" not in str(bar) for bar in bars)
 
 
 def test_mfu_counts_the_meshs_devices(now, tmp_path, monkeypatch):
