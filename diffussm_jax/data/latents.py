@@ -338,7 +338,7 @@ class Latents:
 
     Raises:
       FileNotFoundError: the folder has no such split, or a shard is missing.
-      ValueError: the metadata, or a shard in a bucket, are damaged.
+      ValueError: the metadata, or a shard in a bucket, are damaged; or, when it is read, a record.
     """
 
     holds_latents = True
@@ -353,6 +353,7 @@ class Latents:
         check_shards(folder, self.card)
         if is_bucket(folder):
             folder = _local_copy(folder, self.card)
+        self._folder = folder
         try:
             self._records = tfds.builder_from_directory(str(folder)).as_data_source(split=split)
         except Exception as error:
@@ -362,7 +363,18 @@ class Latents:
         return self.card["num_records"]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        record = self._records[int(index)]
+        try:
+            record = self._records[int(index)]
+        except Exception as error:  # of Riegeli or TFDS
+            ends = np.cumsum([shard["num_records"] for shard in self.card["shards"]])
+            number = int(np.searchsorted(ends, index, side="right"))
+            shard = self.card["shards"][number]
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(
+                f"record {index - ends[number] + shard['num_records']} of the shard {self._folder / shard['file']} "
+                f"is damaged: {first_line}. `python -m diffussm_jax.precompute --verify` lists the damaged shards of a "
+                "split; delete them, and repeat the command that made them"
+            ) from error
         return {"mean": record["mean"], "log_std": record["log_std"], "label": np.int32(record["label"])}
 
 

@@ -147,7 +147,13 @@ class _Run:
             bar.set_postfix_str("compiling")
             while step < e.num_steps and (signum := stopped_by(step)) is None:
                 self._profile.before(step, state)
-                state, metrics = self._task.train_step(state, next(batches))
+                try:
+                    batch = next(batches)
+                except Exception:  # damaged data; with several processes the others could not save
+                    if saved_step != step and jax.process_count() == 1:
+                        self._save(state, step, {})
+                    raise
+                state, metrics = self._task.train_step(state, batch)
                 step += 1
                 self._window.add(metrics)
                 self._clock.step_made(state)

@@ -182,6 +182,26 @@ def test_a_card_without_a_key_or_with_a_wrong_number_is_named(path, value, messa
         latents.read_card(tmp_path, "train")
 
 
+def test_a_damaged_record_is_named_with_its_shard(tmp_path):
+    _write(tmp_path)
+    data = latents.Latents(tmp_path, "train")
+    shard = tmp_path / data.card["shards"][1]["file"]
+    content = bytearray(shard.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    shard.write_bytes(content)  # of the same size, so that opening it finds nothing
+    data = latents.Latents(tmp_path, "train")
+    found = {}
+    for index in range(len(data)):
+        try:
+            data[index]
+        except ValueError as error:
+            found[index] = str(error)
+    assert found and min(found) >= 5
+    for index, message in found.items():
+        assert f"record {index - 5} of the shard {shard} is damaged: " in message and "--verify" in message
+
+
 def test_damaged_metadata_are_named(tmp_path):
     _write(tmp_path)
     (tmp_path / "features.json").write_text("{")

@@ -12,11 +12,12 @@ import types
 import jax
 import numpy as np
 import pytest
-from counting import BATCH_SIZE, Counting, counting_experiment
+from counting import BATCH_SIZE, Counting, Numbers, counting_experiment
 from tiny import tiny_config
 from tqdm import tqdm
 
 from diffussm_jax import load_run
+from diffussm_jax.data.loader import Loader
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.parallel.mesh import batch_to_devices
 from diffussm_jax.training import loop, telemetry
@@ -110,6 +111,30 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_run):
     with pytest.raises(ValueError, match=r"another config(.|\n)*config.model.width: was 16, is 32"):
         train(build_experiment(config), tiny_run)
     assert json.loads((tiny_run / "config.json").read_text())["model"]["width"] == 16
+
+
+def test_damaged_data_end_a_run_after_a_save(tmp_path):
+    class Damaged(Numbers):
+        is_damaged = True
+
+        def __len__(self):
+            return 80
+
+        def __getitem__(self, index):
+            if self.is_damaged and index == 7:
+                raise ValueError("record 7 of the shard s is damaged")
+            return super().__getitem__(index)
+
+    experiment = counting_experiment(checkpoint_every=100, num_steps=20)
+    loader = Loader(Damaged(), BATCH_SIZE, seed=3)
+    with pytest.raises(ValueError, match="record 7 of the shard s is damaged"):
+        train(dataclasses.replace(experiment, train_loader=loader), tmp_path / "damaged")
+    (saved,) = (int(p.name) for p in (tmp_path / "damaged" / "checkpoints").iterdir())
+    Damaged.is_damaged = False
+    loader = Loader(Damaged(), BATCH_SIZE, seed=3)
+    for workdir in ("damaged", "whole"):
+        assert train(dataclasses.replace(experiment, train_loader=loader, log_every=20), tmp_path / workdir) is None
+    assert 0 < saved < 20 and rows(tmp_path / "damaged") == rows(tmp_path / "whole")
 
 
 def test_only_a_checkpoint_holds_a_run(tmp_path, monkeypatch):
