@@ -58,6 +58,8 @@ setup(
         ],
         # The plot of `diffussm_jax.bench ssm --plot`.
         "bench": ["matplotlib"],
+        # Looking at the curves of runs.
+        "tensorboard": ["tensorboard"],
         # Weights & Biases, --wandb_project.
         "wandb": ["wandb"],
         # What the notebooks of colabs/ need beside Jupyter.

@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-PROGRAMS = ("main", "sample", "precompute", "plan", "bench")
+PROGRAMS = ("main", "sample", "export", "precompute", "plan", "bench")
 
 
 def summary(program: str) -> str:

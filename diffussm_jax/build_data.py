@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from diffussm_jax import registry
 from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers, make_decoder
+from diffussm_jax.data.card import check_card, read_card
 from diffussm_jax.data.codec import Codec, latent_codec, pixel_codec
-from diffussm_jax.data.latents import check_card, read_card
 from diffussm_jax.data.loader import Loader, Records
 from diffussm_jax.data.pixels import Pixels
 from diffussm_jax.parallel.mesh import local_rows, make_mesh

@@ -29,6 +29,7 @@ from diffussm_jax.training.checkpoint import Best, Checkpointer
 from diffussm_jax.training.loop import CONFIG_NAME
 from diffussm_jax.training.posthoc_ema import Snapshots
 from diffussm_jax.validation import validate
+from diffussm_jax.weights import WEIGHTS, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ def load_run(
     """Opens a run, with the averaged weights of a checkpoint.
 
     Args:
-      workdir: of the run.
+      workdir: of the run; or a folder that `diffussm_jax.export` wrote.
       checkpoint: "latest", "best" or a step.
       ema_sigma: relative standard deviation of a post-hoc EMA (`training.posthoc_ema`), for a run that stored averages;
         the checkpoint's own average if None.
@@ -207,7 +208,11 @@ def load_run(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
         parts.model.abstract_params(parts.input_shape),
     )
-    if ema_sigma is None:
+    if (epath.Path(workdir) / WEIGHTS).exists():
+        if str(checkpoint) != "latest" or ema_sigma is not None:
+            raise ValueError(f"{workdir} is an export, and holds one set of weights: choose neither checkpoint nor EMA")
+        params, step = read_weights(workdir, like)
+    elif ema_sigma is None:
         best = Best(config.best_metric, config.best_mode)
         with contextlib.closing(Checkpointer(workdir, best=best, is_read_only=True)) as checkpointer:
             step = checkpointer.resolve(str(checkpoint))

@@ -1,0 +1,81 @@
+"""The card of a split of latents, card-SPLIT.json: how they were made, and the checksum of each shard."""
+
+from collections.abc import Mapping
+
+from etils import epath
+
+from diffussm_jax.io import read_json
+
+FORMAT_VERSION = 1
+# What a card needs so that its latents can be read.
+_CARD = {"num_records": int, "image_size": int, "latent_shape": list, "class_names": list, "vae": dict, "shards": list}
+_VAE = {"name": str, "encoder_sha256": str, "scaling_factor": int | float, "dtype": str}
+_SHARD = {"file": str, "file_bytes": int, "num_records": int, "num_bytes": int, "sha256": str}
+
+
+def card_name(split: str) -> str:
+    """The file name of a split's card."""
+    return f"card-{split}.json"
+
+
+def splits_in(folder: epath.Path) -> list[str]:
+    """The names of the finished splits in a folder, sorted."""
+    return sorted(path.name[len("card-") : -len(".json")] for path in folder.glob("card-*.json"))
+
+
+def read_card(folder: epath.PathLike, split: str) -> dict:
+    """Reads the card of a split.
+
+    Raises:
+      FileNotFoundError: the folder has no such split. The message lists its splits.
+      ValueError: the card is damaged or of another format version.
+    """
+    folder = epath.Path(folder)
+    path = folder / card_name(split)
+    if not path.exists():
+        found = f"it holds the splits {', '.join(splits_in(folder))}" if splits_in(folder) else "it holds none"
+        raise FileNotFoundError(
+            f"{folder} holds no finished latents of split {split!r}: there is no {path.name}; {found}. "
+            "`python -m diffussm_jax.precompute` makes them."
+        )
+    card = read_json(path)
+    if card.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} is not a card of format version {FORMAT_VERSION}")
+    _check_keys(card, path)
+    return card
+
+
+def _check_keys(card: Mapping, path: epath.Path) -> None:
+    """Raises ValueError if a key is missing or of another type, or the number of records is not that of the shards."""
+
+    def check(group, keys, where):
+        for key, kind in keys.items():
+            if not isinstance(group, dict) or not isinstance(group.get(key), kind):
+                raise ValueError(f"{path} is damaged: {where}{key} is missing or of another type")
+
+    check(card, _CARD, "")
+    check(card["vae"], _VAE, "vae.")
+    for i, shard in enumerate(card["shards"]):
+        check(shard, _SHARD, f"shards[{i}].")
+    in_shards = sum(shard["num_records"] for shard in card["shards"])
+    if card["num_records"] != in_shards:
+        raise ValueError(f"{path} is damaged: num_records is {card['num_records']}, its shards hold {in_shards}")
+    shape = card["latent_shape"]
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{path} is damaged: latent_shape is {shape}, and must be [H, W, C]")
+
+
+def check_card(card: Mapping, data: Mapping, path: str) -> None:
+    """Raises a ValueError with each key and both values if a card does not match `config.data`."""
+    H, _, C = card["latent_shape"]
+    expected = {
+        "image_size": card["image_size"],
+        "num_channels": C,
+        "downsampling": card["image_size"] // H,
+        "scaling_factor": card["vae"]["scaling_factor"],
+    }
+    if data["num_classes"]:
+        expected["num_classes"] = len(card["class_names"])
+    wrong = [f"config.data.{k} = {data[k]}, the card has {v}" for k, v in expected.items() if data[k] != v]
+    if wrong:
+        raise ValueError(f"the latents of {path} do not match the config: " + "; ".join(wrong))
