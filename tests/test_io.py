@@ -1,5 +1,6 @@
 """Files are whole or not there, a folder has one writer, and trees that differ are told apart with every difference."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -162,30 +163,24 @@ def test_a_requeued_slurm_job_takes_its_lock_over_on_another_host(tmp_path, monk
     assert not is_locked(tmp_path) and not path.exists()
 
 
-def test_many_takers_of_one_lock_file_exclude_each_other(tmp_path):
-    """They delete it, too, while others open it."""
-    inside, most, num_taken = [], [], []
-    barrier = threading.Barrier(4)
+@pytest.mark.parametrize("has_third", [True, False])
+def test_a_lock_file_that_its_holder_deletes_while_it_is_opened_locks_nothing(tmp_path, monkeypatch, has_third):
+    flock, (first, second, third) = fcntl.flock, (io.folder_lock(tmp_path, "a") for _ in range(3))
+    first.__enter__()
 
-    def take():
-        barrier.wait()
-        for _ in range(300):
-            try:
-                with io.folder_lock(tmp_path, "a"):
-                    inside.append(1)
-                    most.append(len(inside))
-                    num_taken.append(1)
-                    inside.pop()
-            except ValueError:
-                pass
+    def flock_of_second(*args):
+        """It has opened the file of the first."""
+        monkeypatch.undo()
+        first.__exit__(None, None, None)
+        if has_third:
+            third.__enter__()
+        return flock(*args)
 
-    left_behind(tmp_path)
-    takers = [threading.Thread(target=take) for _ in range(4)]
-    for taker in takers:
-        taker.start()
-    for taker in takers:
-        taker.join()
-    assert num_taken and set(most) == {1}
+    monkeypatch.setattr(fcntl, "flock", flock_of_second)
+    with pytest.raises(ValueError, match="in use") if has_third else contextlib.nullcontext():
+        second.__enter__()
+    assert is_locked(tmp_path)
+    (third if has_third else second).__exit__(None, None, None)
     assert list(tmp_path.iterdir()) == []
 
 
