@@ -3,16 +3,23 @@
 Paths may be local or in a bucket (gs://...). Buckets cannot rename, so an object appears there only when it is whole.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import TextIO
 
 import jax
 from etils import epath
 
 _CHUNK_BYTES = 1 << 20
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what flock gives on file systems that have none
 
 
 def is_bucket(path: epath.PathLike) -> bool:
@@ -66,6 +73,100 @@ def check_writable(path: epath.PathLike) -> None:
         trial.unlink()
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def folder_lock(folder: epath.PathLike, name: str) -> Iterator[None]:
+    """Holds the file NAME.lock in a folder, so that a second writer fails at once and harms nothing.
+
+    The lock is `flock`'s. The kernel releases it when the process ends in any way, also by SIGKILL, so that a lock file
+    that was left behind is taken over at once, even if its pid is another process's by now. The file says who holds it;
+    it is deleted at the end. The folder is made if it does not exist. Buckets have no lock.
+
+    Network file systems: NFS and most others share the lock between hosts. Some do not (Lustre mounted with localflock,
+    NFS with local_lock), and this cannot be seen. A preempted run often goes on on another host, so a file that another
+    host left behind is taken over as well, and a notice is printed. Where a file system has no locks, a warning is
+    printed, and nothing stops a second writer.
+
+    Raises:
+      ValueError: the lock is held. The message says by whom.
+      OSError: the folder cannot be written.
+    """
+    if is_bucket(folder):
+        yield
+        return
+    path = epath.Path(folder) / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(_take_lock(path)) as file:
+        try:
+            yield
+        finally:
+            if _is_at(path, file):  # and not deleted by hand, and the lock of another by now
+                path.unlink()  # before the lock is released
+
+
+def _take_lock(path: epath.Path) -> TextIO:
+    """The open lock file. Closing it releases the lock."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # not inherited by programs that are started
+        try:
+            if _flock(file) and not _is_at(path, file):  # its holder deleted it after it was opened
+                file.close()
+                continue
+            before = _lock_record(file)
+            host = socket.gethostname()
+            if before.get("host", host) != host:
+                print(
+                    f"{path.parent} was in use by {_lock_holder(before)}, which did not release it. It is taken over; "
+                    "stop that process if it still runs",
+                    flush=True,
+                )
+            us = {"host": host, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+            file.truncate(0)
+            file.write(json.dumps(us))
+            file.flush()
+            return file
+        except BaseException:
+            file.close()
+            raise
+
+
+def _flock(file: TextIO) -> bool:
+    """Locks a file. Returns False, after a warning, if its file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        folder, holder = os.path.dirname(file.name), _lock_holder(_lock_record(file))
+        raise ValueError(f"{folder} is in use by {holder}. Wait for it, stop it, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        print(f"{file.name} cannot be locked ({error}): nothing stops a second program from writing there", flush=True)
+        return False
+    return True
+
+
+def _is_at(path: epath.Path, file: TextIO) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _lock_record(file: TextIO) -> dict:
+    """What a lock file says of its holder; empty if it is being written, or its writing was cut."""
+    file.seek(0)
+    try:
+        record = json.loads(file.read())
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _lock_holder(record: dict) -> str:
+    pid, host, since = (record.get(key, "unknown") for key in ("pid", "host", "since"))
+    return f"process {pid} on host {host} (since {since})"
 
 
 def file_sha256(path: epath.Path) -> str:

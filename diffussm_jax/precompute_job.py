@@ -25,7 +25,8 @@ from diffussm_jax.data import latents
 from diffussm_jax.data.images import BrokenImage
 from diffussm_jax.data.sources import Source
 from diffussm_jax.data.transforms import center_crop, image_grid, to_uint8, to_unit_range
-from diffussm_jax.io import write_whole
+from diffussm_jax.io import folder_lock, write_whole
+from diffussm_jax.parallel.hosts import barrier_on_all_hosts
 from diffussm_jax.parallel.mesh import make_mesh, over_batch, replicated
 
 _NUM_VERIFIED_IMAGES = 8
@@ -232,7 +233,8 @@ def precompute(job: Job) -> dict:
 
     Raises:
       ValueError: the folder has this split with other settings, the image size is not a multiple of the autoencoder's
-        downsampling, or more than `max_bad_fraction` of the images are broken. Finished shards are kept.
+        downsampling, more than `max_bad_fraction` of the images are broken, or another job makes this split
+        (`io.folder_lock`). Finished shards are kept.
     """
     if job.image_size % job.vae.downsampling:
         raise ValueError(
@@ -244,14 +246,19 @@ def precompute(job: Job) -> dict:
         return check_finished(job, settings)
     latents.check_joins(job.folder, job.split, settings)
     encode = make_encoder(job)
-    progress = _Progress(job, settings)
-    with _barrier_on_all_hosts():
-        ours = range(jax.process_index(), job.num_shards, jax.process_count())
-        missing = [shard for shard in ours if progress.read(shard) is None]
-        _write_shards(job, encode, progress, missing, settings)
-    with _barrier_on_all_hosts():
-        if jax.process_index() == 0:
-            _finish(job, progress, settings)
+    with contextlib.ExitStack() as lock:
+        with barrier_on_all_hosts():  # each host locks its share
+            lock.enter_context(folder_lock(job.folder, f"precompute-{job.split}-{jax.process_index()}"))
+        if (job.folder / latents.card_name(job.split)).exists():  # another job has just finished it
+            return check_finished(job, settings)
+        progress = _Progress(job, settings)
+        with barrier_on_all_hosts():
+            ours = range(jax.process_index(), job.num_shards, jax.process_count())
+            missing = [shard for shard in ours if progress.read(shard) is None]
+            _write_shards(job, encode, progress, missing, settings)
+        with barrier_on_all_hosts():
+            if jax.process_index() == 0:
+                _finish(job, progress, settings)
     return latents.read_card(job.folder, job.split)
 
 
@@ -265,26 +272,6 @@ def _finish(job: Job, progress: _Progress, settings: dict) -> None:
     _check_bad(job, skipped)
     latents.write_card(job.folder, job.split, settings, [note["shard"] for note in notes], skipped)
     progress.delete()
-
-
-@contextlib.contextmanager
-def _barrier_on_all_hosts():
-    """A barrier at the end for all hosts. If one host failed, all raise instead of waiting forever."""
-    if jax.process_count() == 1:
-        yield
-        return
-    from jax.experimental import multihost_utils
-
-    error = None
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        error = e
-    have_failed = multihost_utils.process_allgather(np.array([error is not None])).ravel()
-    if error is not None:
-        raise error
-    if have_failed.any():
-        raise ValueError(f"host {have_failed.argmax()} failed, see its error; finished shards are kept")
 
 
 def check_finished(job: Job, settings: dict) -> dict:

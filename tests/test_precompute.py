@@ -3,10 +3,12 @@
 import dataclasses
 import errno
 import itertools
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from diffussm_jax import precompute as command_line
 from diffussm_jax import precompute_job as program
 from diffussm_jax.data.latents import Latents, read_card, verify
 from diffussm_jax.data.sources import Digits, open_source
+from diffussm_jax.io import folder_lock
 from diffussm_jax.precompute import Job, draw_reconstructions, precompute
 
 SIZE = 16
@@ -135,6 +138,7 @@ def test_killed_at_any_moment_and_run_again(small_vae, images, small_vae_folder,
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
+        assert (tmp_path / "precompute-train-0.lock").exists()  # and is taken over
         with pytest.raises(FileNotFoundError, match="no finished latents"):
             Latents(tmp_path, "train")
     done = subprocess.run(command, capture_output=True, text=True)
@@ -146,6 +150,7 @@ def test_killed_at_any_moment_and_run_again(small_vae, images, small_vae_folder,
         card["vae"].pop("name")
     assert cards[0] == cards[1]
     assert not list(tmp_path.glob("unfinished*")) and not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_ctrl_c_says_how_to_go_on(images, small_vae_folder, tmp_path):
@@ -156,6 +161,7 @@ def test_ctrl_c_says_how_to_go_on(images, small_vae_folder, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Stopped; finished shards are kept" in error and "Traceback" not in error
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_only_missing_shards_are_made_again(small_vae, images, tmp_path, monkeypatch):
@@ -227,15 +233,14 @@ def test_verify_draws_originals_above_reconstructions(small_vae, images, small_v
     np.testing.assert_array_equal(tile, first[:, left : left + SIZE])
 
 
-def test_two_hosts_make_the_same_split(images, small_vae_folder, finished, tmp_path):
-    import socket
-
+def _on_two_hosts(images, small_vae_folder, out):
+    """The exit codes and what was printed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     hosts = [
         subprocess.Popen(
-            _command(images, small_vae_folder, tmp_path, f"--distributed={address},2,{i}"),
+            _command(images, small_vae_folder, out, f"--distributed={address},2,{i}"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -243,10 +248,79 @@ def test_two_hosts_make_the_same_split(images, small_vae_folder, finished, tmp_p
         for i in range(2)
     ]
     outputs = [host.communicate(timeout=120) for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], outputs
+    return [host.returncode for host in hosts], outputs
+
+
+def test_two_hosts_make_the_same_split(images, small_vae_folder, finished, tmp_path):
+    codes, outputs = _on_two_hosts(images, small_vae_folder, tmp_path)
+    assert codes == [0, 0], outputs
+    assert not list(tmp_path.glob("*.lock"))
     assert _shards(tmp_path) == _shards(finished)
     logs = [(tmp_path / f"precompute-{i}.log").read_text() for i in range(2)]
     assert [log.count("finished") for log in logs] == [3, 2]
+
+
+def test_both_hosts_end_if_the_share_of_one_is_in_use(images, small_vae_folder, tmp_path):
+    with folder_lock(tmp_path, "precompute-train-1"):
+        codes, ((_, first), (_, second)) = _on_two_hosts(images, small_vae_folder, tmp_path)
+    assert codes == [1, 1]
+    assert "error: host 1 failed, see its error" in first
+    assert f"error: {tmp_path} is in use by process {os.getpid()} on host " in second
+    assert not list(tmp_path.iterdir())
+
+
+class _Meanwhile:
+    """A source that does something else while it is read."""
+
+    def __init__(self, source, do, at_item):
+        self.source, self.do, self.at_item = source, do, at_item
+        self.class_names, self.description, self.fingerprint = source.class_names, "slow", source.fingerprint
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if index == self.at_item:
+            self.do()
+        return self.source[index]
+
+
+def test_a_second_job_of_the_same_split_is_refused_and_harms_nothing(small_vae, images, finished, tmp_path):
+    job, errors = _job(small_vae, images, tmp_path), []
+
+    def start_another():
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by process {os.getpid()} on host ") as error:
+            precompute(job)
+        errors.append(error)
+
+    precompute(dataclasses.replace(job, source=_Meanwhile(job.source, start_another, at_item=50)))
+    assert len(errors) == 1 and _shards(tmp_path) == _shards(finished)
+    verify(tmp_path, "train")
+    assert not list(tmp_path.glob("*.lock")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_split_that_another_job_has_just_finished_is_not_made_again(small_vae, images, tmp_path, monkeypatch):
+    job, make_encoder = _job(small_vae, images, tmp_path), program.make_encoder
+
+    def finish_meanwhile(job):
+        monkeypatch.undo()
+        precompute(job)
+        monkeypatch.setattr(program, "_write_shards", lambda *args: pytest.fail("made again"))
+        return make_encoder(job)
+
+    monkeypatch.setattr(program, "make_encoder", finish_meanwhile)
+    assert precompute(job) == read_card(tmp_path, "train")
+    assert not list(tmp_path.glob("unfinished*"))
+
+
+def test_the_lock_file_of_a_job_on_another_host_is_named(small_vae, images, tmp_path):
+    path = tmp_path / "precompute-train-0.lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": os.getpid(), "since": "yesterday"}))
+    with pytest.raises(ValueError, match=f"on host elsewhere .since yesterday.*delete {path}"):
+        precompute(_job(small_vae, images, tmp_path))
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": "yesterday"}))
+    precompute(_job(small_vae, images, tmp_path))  # the pid is another process's now
+    assert not path.exists()
 
 
 def test_wrong_sizes_are_refused(small_vae, images, tmp_path):

@@ -19,7 +19,8 @@ from etils import epath
 from tqdm import tqdm
 
 from diffussm_jax.data.loader import Batch, Loader, prefetch
-from diffussm_jax.io import write_whole
+from diffussm_jax.io import folder_lock, write_whole
+from diffussm_jax.parallel.hosts import barrier_on_all_hosts
 from diffussm_jax.parallel.mesh import batch_to_devices
 from diffussm_jax.training.checkpoint import EVAL_LOSS, Best, Checkpointer
 from diffussm_jax.training.hooks import HookContext, HookFactory
@@ -83,11 +84,15 @@ def train(
       None when all steps are done, or the number of the signal that ended it.
 
     Raises:
-      ValueError: `workdir` holds a run of another config, or one of more steps.
+      ValueError: `workdir` holds a run of another config, or one of more steps, or another process trains in it
+        (`io.folder_lock`).
       FloatingPointError: more than `task.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
     """
     e, workdir = experiment, epath.Path(workdir)
     with contextlib.ExitStack() as stack:
+        with barrier_on_all_hosts():
+            if jax.process_index() == 0:
+                stack.enter_context(folder_lock(workdir, "train"))
         checkpointer = Checkpointer(workdir, config=e.config, keep_every=e.keep_every, best=e.best)
         stack.enter_context(contextlib.closing(checkpointer))
         state, step, window = _start(e, checkpointer)

@@ -7,18 +7,22 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import types
 
 import jax
 import numpy as np
 import pytest
 from counting import BATCH_SIZE, Counting, Numbers, counting_experiment
+from runs import DIGITS, QUIET, start, wait
 from tiny import tiny_config
 from tqdm import tqdm
 
 from diffussm_jax import load_run
 from diffussm_jax.data.loader import Loader
 from diffussm_jax.experiment import build_experiment
+from diffussm_jax.io import folder_lock
 from diffussm_jax.parallel.mesh import batch_to_devices
 from diffussm_jax.training import loop, telemetry
 from diffussm_jax.training.checkpoint import Best, Checkpointer
@@ -278,6 +282,86 @@ def test_fewer_steps_than_were_made_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"num_steps is 4, but .*checkpoints/6 is the checkpoint of step 6"):
         train(counting_experiment(num_steps=4), tmp_path)
     assert train(counting_experiment(num_steps=8), tmp_path) is None
+
+
+def test_a_second_process_in_the_workdir_is_refused_and_harms_nothing(tmp_path):
+    errors = []
+
+    def start_another(step):
+        if step in (0, 7):
+            before = files(tmp_path)
+            with pytest.raises(ValueError, match=f"{tmp_path} is in use by process {os.getpid()} on host ") as error:
+                train(counting_experiment(config={"b": 2}), tmp_path)
+            errors.append(error)
+            assert files(tmp_path) == before
+
+    options = {"log_every": 1, "checkpoint_every": 12, "config": {"a": 1}}
+    assert train(counting_experiment(start_another, **options), tmp_path) is None
+    assert len(errors) == 2 and not (tmp_path / "train.lock").exists()
+    assert train(counting_experiment(**options), tmp_path / "alone") is None
+    assert rows(tmp_path) == rows(tmp_path / "alone")
+    assert_same_state(final_state(tmp_path, Counting()), final_state(tmp_path / "alone", Counting()))
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_that_failed_or_is_read_leaves_its_workdir_free(tmp_path):
+    def fail(step):
+        if step == 3:
+            raise PowerError
+
+    with pytest.raises(PowerError):
+        train(counting_experiment(fail, checkpoint_every=2), tmp_path)
+    assert not (tmp_path / "train.lock").exists()
+
+    def read(step):
+        with contextlib.closing(Checkpointer(tmp_path, is_read_only=True)) as checkpointer:
+            assert checkpointer.steps() == [2]
+
+    assert train(counting_experiment(read, checkpoint_every=100, num_steps=4), tmp_path) is None
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_run_end_if_its_workdir_is_in_use(tmp_path):
+    with folder_lock(tmp_path / "run", "train"):
+        processes = start(tmp_path, *DIGITS, *QUIET, num_processes=2)
+        wait(tmp_path, processes, code=1)
+    first, second = ((tmp_path / f"output_{i}").read_text() for i in range(2))
+    assert f"error: {tmp_path / 'run'} is in use by process {os.getpid()} on host " in first
+    assert "error: host 0 failed, see its error" in second
+
+
+STOPS_IN_STEP_5 = """
+import signal, sys
+from counting import counting_experiment
+from diffussm_jax.training.loop import train
+
+def before_step(step):
+    if step == 5:
+        print("in step 5", flush=True)
+        signal.pause()
+
+train(counting_experiment(before_step, checkpoint_every=2), sys.argv[1])
+"""
+
+
+def test_a_run_goes_on_at_once_after_a_kill(tmp_path):
+    command, environment = (
+        [sys.executable, "-c", STOPS_IN_STEP_5, tmp_path],
+        os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"in step 5\n"
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by process {process.pid} on host "):
+            train(counting_experiment(), tmp_path)
+        process.kill()
+    assert (tmp_path / "train.lock").exists()
+    resumed_at = []
+    assert train(counting_experiment(resumed_at.append), tmp_path) is None
+    assert resumed_at[0] in (2, 4)  # of step 4 the save may have been under way
+    assert not (tmp_path / "train.lock").exists()
 
 
 def test_hooks_run_at_their_intervals_and_at_the_end_before_the_checkpoint(tmp_path):
