@@ -313,11 +313,8 @@ def test_a_split_that_another_job_has_just_finished_is_not_made_again(small_vae,
     assert not list(tmp_path.glob("unfinished*"))
 
 
-def test_the_lock_file_of_a_job_on_another_host_is_named(small_vae, images, tmp_path):
+def test_a_lock_file_left_behind_is_taken_over(small_vae, images, tmp_path):
     path = tmp_path / "precompute-train-0.lock"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": os.getpid(), "since": "yesterday"}))
-    with pytest.raises(ValueError, match=f"on host elsewhere .since yesterday.*delete {path}"):
-        precompute(_job(small_vae, images, tmp_path))
     path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": "yesterday"}))
     precompute(_job(small_vae, images, tmp_path))  # the pid is another process's now
     assert not path.exists()
