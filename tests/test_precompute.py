@@ -357,6 +357,14 @@ def test_names_that_are_not_utf_8(small_vae, tmp_path):
     assert len(Latents(tmp_path / "out", "train")) == 1
 
 
+def test_a_class_name_with_a_line_break_is_refused_before_any_work(small_vae, tmp_path):
+    (tmp_path / "images" / "train" / "a\nb").mkdir(parents=True)
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "images" / "train" / "a\nb" / "1.png")
+    with pytest.raises(ValueError, match=r"the class 'a\\nb' is empty, has a line break"):
+        precompute(_job(small_vae, tmp_path / "images", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_split_that_does_not_fit_its_folder_is_refused_before_any_work(small_vae, images, tmp_path, monkeypatch):
     precompute(_job(small_vae, images, tmp_path))
     monkeypatch.setattr(program, "make_encoder", lambda job: pytest.fail("work was begun"))
