@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
+from diffussm_jax.data.walk import is_hidden, print_left_out, walk, walk_bucket
 from diffussm_jax.io import is_bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
@@ -131,12 +132,24 @@ class _Files:
     The class of an image is its parent folder; labels number the sorted class names. If no image has a parent folder
     below the split's, there are no labels. Skipped are names that are hidden, in __MACOSX, absolute, contain "..", or
     have no image extension.
+
+    Other images that cannot be read are left out, too: their names and reasons are in `left_out`. Those of the split
+    are counted and printed.
+
+    Attributes:
+      num_left_out: how many.
     """
 
-    def __init__(self, kind: str, path: epath.Path, names: Collection[str], split: str):
+    def __init__(
+        self, kind: str, path: epath.Path, names: Collection[str], split: str, left_out: Mapping[str, str] | None = None
+    ):
         split = split.strip("/")
         prefix = f"{split}/" if split else ""
         self.description = f"{kind} {path.name}" + (f", split {split}" if split else "")
+        left_out = {name: "its name leaves the archive" for name in names if _leaves_root(name)} | (left_out or {})
+        left_out = {k: v for k, v in left_out.items() if k.lstrip("/").startswith(prefix) or prefix.startswith(f"{k}/")}
+        self.num_left_out = len(left_out)
+        print_left_out(path, left_out)
         images = [name for name in names if _is_image(name)]
         self._keys = sorted(name for name in images if name.startswith(prefix))
         if not self._keys:
@@ -186,7 +199,12 @@ def _is_image(name: str) -> bool:
     """Whether a name is an image's. Names that leave the root are not."""
     if name.startswith("/") or not name.lower().endswith(IMAGE_EXTENSIONS):
         return False
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return not any(is_hidden(part) for part in name.split("/"))
+
+
+def _leaves_root(name: str) -> bool:
+    """Whether an image would lie outside of the folder into which its archive is unpacked."""
+    return (name.startswith("/") or ".." in name.split("/")) and name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def _normalize_name(name: str) -> str:
@@ -200,21 +218,28 @@ def _check_size(num_bytes: int) -> None:
 
 
 class ImageFolder(_Files):
-    """Images in a folder, at any depth, local or remote (gs://...). Local links are followed.
+    """Images in a folder, at any depth, local or remote (gs://...).
+
+    Local links are followed. Of links in circles each folder is read once. Links that lead nowhere and folders that
+    may not be listed are left out, counted in `num_left_out`, and printed to stderr.
 
     Args:
       split: the top-level folder to read; "" for everything.
 
     Raises:
       FileNotFoundError: the folder does not exist.
-      ValueError: no images in the split, or images both within and without class folders.
+      ValueError: no images in the split, images both within and without class folders, or links that lead to a folder
+        on more than 1,000 paths.
+      OSError: the disk or network fails, or the folder may not be listed.
     """
 
     def __init__(self, path: epath.PathLike, split: str = ""):
         self._path = epath.Path(path)
         if not self._path.is_dir():
             raise FileNotFoundError(f"no folder {self._path}")
-        super().__init__("folder", self._path, list(_walk(self._path)), split)
+        left_out = {}
+        names = walk_bucket(self._path) if is_bucket(self._path) else walk(os.fspath(self._path), left_out)
+        super().__init__("folder", self._path, list(names), split, left_out)
 
     def _read(self, key: str) -> bytes:
         if not is_bucket(self._path):
@@ -227,23 +252,6 @@ class ImageFolder(_Files):
     def _stamp(self, key: str) -> int:
         # In a remote folder a stat is a request, and a job would start with a million of them.
         return 0 if is_bucket(self._path) else os.stat(self._path / key).st_size
-
-
-def _walk(root: epath.Path) -> Iterator[str]:
-    """Yields the relative names of all files below root."""
-    start = os.fspath(root)
-    for folder, subfolders, names in root.walk() if is_bucket(root) else os.walk(start, followlinks=True):
-        folder = os.fspath(folder)
-        below = folder.split("://")[-1].removeprefix(start.split("://")[-1])  # some backends drop the scheme
-        yield from (f"{below}/{name}".lstrip("/") for name in names)
-        if not is_bucket(root):
-            subfolders[:] = [name for name in subfolders if not _is_link_loop(os.path.join(folder, name))]
-
-
-def _is_link_loop(path: str) -> bool:
-    """Whether a link leads to a folder that contains it, which would never end."""
-    above = os.path.realpath(os.path.dirname(path)) + os.sep
-    return os.path.islink(path) and above.startswith(os.path.join(os.path.realpath(path), ""))
 
 
 class ImageZip(_Files):
