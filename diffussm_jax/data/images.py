@@ -25,6 +25,7 @@ from diffussm_jax.io import is_bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 MAX_ENCODED_BYTES = 1 << 30  # per image of an archive, because a header may claim any size
+MAX_TARS = 8  # inside each other
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # Formats that Pillow decodes itself. Others may run programs: EPS calls Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -203,8 +204,8 @@ def _is_image(name: str) -> bool:
 
 
 def _leaves_root(name: str) -> bool:
-    """Whether an image would lie outside of the folder into which its archive is unpacked."""
-    return (name.startswith("/") or ".." in name.split("/")) and name.lower().endswith(IMAGE_EXTENSIONS)
+    """Whether an image or a tar would lie outside of the folder into which its archive is unpacked."""
+    return (name.startswith("/") or ".." in name.split("/")) and name.lower().endswith((*IMAGE_EXTENSIONS, ".tar"))
 
 
 def _normalize_name(name: str) -> str:
@@ -257,6 +258,9 @@ class ImageFolder(_Files):
 class ImageZip(_Files):
     """Images in a zip file, local or remote, with the arguments and rules of `ImageFolder`.
 
+    Backslashes in names are separators. Images whose names are absolute or contain ".." are left out, counted in
+    `num_left_out`, and printed to stderr.
+
     Raises:
       FileNotFoundError: the file does not exist.
       ValueError: as for `ImageFolder`, or the file is damaged or truncated.
@@ -270,7 +274,7 @@ class ImageZip(_Files):
             except Exception as error:  # struct.error, OverflowError, ... and zipfile's own
                 raise ValueError(f"{self._path} is not a zip file, or is damaged or cut short: {error}") from error
         # Of two members with the same name the later one is used, as in unzip.
-        self._members = {_normalize_name(member.filename): member for member in members}
+        self._members = {_normalize_name(member.filename.replace("\\", "/")): member for member in members}
         super().__init__("zip", self._path, self._members, split)
 
     def _read(self, key: str) -> bytes:
@@ -300,7 +304,9 @@ class ImageTar(_Files):
     """Images in an uncompressed tar file, local or remote, with the arguments and rules of `ImageFolder`.
 
     A tar inside it is treated as a folder of that name, as in ImageNet's ILSVRC2012_img_train.tar, whose n01440764.tar
-    holds n01440764_10026.JPEG. All headers are read once, at opening. Links and sparse members are skipped.
+    holds n01440764_10026.JPEG, up to a depth of `MAX_TARS`. All headers are read once, at opening. Links, sparse
+    members, and images and tars whose names are absolute or contain ".." are left out, counted in `num_left_out`, and
+    printed to stderr.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -310,15 +316,15 @@ class ImageTar(_Files):
     def __init__(self, path: epath.PathLike, split: str = ""):
         self._path = epath.Path(path)
         with self._path.open("rb") as file:
-            start = file.read(8)
+            start, left_out = file.read(8), {}
             for magic, name in _COMPRESSED.items():
                 if start.startswith(magic):
                     raise ValueError(f"{self._path} is compressed ({name}), so it has no random access; unpack it")
             try:
-                self._members = _index_tar(file)
+                self._members = _index_tar(file, left_out)
             except Exception as error:  # UnicodeDecodeError, KeyError, ... and tarfile's own
                 raise ValueError(f"{self._path} is not a tar file, or is damaged or cut short: {error}") from error
-        super().__init__("tar", self._path, self._members, split)
+        super().__init__("tar", self._path, self._members, split, left_out)
 
     def _read(self, key: str) -> bytes:
         offset, size = self._members[key]
@@ -334,20 +340,41 @@ class ImageTar(_Files):
         return self._members[key][1]
 
 
-def _index_tar(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Offset and size of every file in a tar and in its inner tars, by name."""
+def _index_tar(
+    file: BinaryIO,
+    left_out: dict[str, str],
+    parents: tuple[str, ...] = (),
+    start: int = 0,
+    end: float = float("inf"),
+) -> dict[str, tuple[int, int]]:
+    """Offset and size of every file in a tar and in its inner tars, by name.
+
+    Args:
+      left_out: gets the images and tars that are not among them, with the reasons.
+      parents: names of the tars around this one and its own.
+    """
     members = {}
-    for name, (offset, size) in list(_scan_tar(file, 0)):
-        if name.lower().endswith(".tar") and not any(part.startswith(".") for part in name.split("/")):
-            inner = _scan_tar(file, offset, offset + size)
-            members |= {f"{name[:-4]}/{inner_name}": where for inner_name, where in inner}
+    archive, folder = "/".join(parents), "".join(f"{parent[:-4]}/" for parent in parents)
+    for name, where in list(_scan_tar(file, start, end)):
+        if _leaves_root(name):
+            left_out[folder + name] = f"its name leaves the archive {archive}".rstrip()
+        elif where is None:
+            if _is_image(name):
+                left_out[folder + name] = "it is a link or sparse"
+        elif not name.lower().endswith(".tar") or any(part.startswith(".") for part in name.split("/")):
+            members[folder + name] = where
+        elif len(parents) == MAX_TARS:
+            left_out[folder + name] = f"a tar in {MAX_TARS} tars"
         else:
-            members[name] = (offset, size)
+            offset, size = where
+            members |= _index_tar(file, left_out, (*parents, name), offset, offset + size)
     return members
 
 
-def _scan_tar(file: BinaryIO, start: int, end: float = float("inf")) -> Iterator[tuple[str, tuple[int, int]]]:
+def _scan_tar(file: BinaryIO, start: int, end: float) -> Iterator[tuple[str, tuple[int, int] | None]]:
     """Yields (name, (offset, size)) for the files of the tar between the bytes `start` and `end`.
+
+    Links and sparse files have None in place of offset and size.
 
     Raises:
       tarfile.TarError, ValueError: it is damaged or truncated.
@@ -360,6 +387,8 @@ def _scan_tar(file: BinaryIO, start: int, end: float = float("inf")) -> Iterator
                 raise ValueError(f"{member.name} of {member.size} bytes extends beyond its archive")
             if member.isreg() and not member.issparse():
                 yield _normalize_name(member.name), (member.offset_data, member.size)
+            elif member.islnk() or member.issym() or member.issparse():
+                yield _normalize_name(member.name), None
         # tarfile treats an unreadable header as the end. The true end is a block of zeros.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -259,6 +259,55 @@ def test_a_folder_without_permission_is_left_out_and_counted(tmp_path, monkeypat
         open_source(str(folder))
 
 
+def test_backslashes_in_a_zip_separate_folders(tmp_path, capfd):
+    files = {"train\\cat\\1.jpg": encode((7, 0, 0)), "train\\dog\\2.jpg": encode("red"), "..\\3.jpg": b""}
+    source = open_source(str(write_zip(tmp_path / "data.zip", files)), "train")
+    assert (source._keys, source.class_names) == (["train/cat/1.jpg", "train/dog/2.jpg"], ("cat", "dog"))
+    assert source[0].image[0, 0, 0] == 7
+    assert open_source(str(tmp_path / "data.zip")).num_left_out == 1
+
+
+def test_tars_in_tars_are_folders_to_some_depth(tmp_path, capfd):
+    data = tar_bytes({"1.png": encode((7, 0, 0))})
+    for i in range(20):
+        (tmp_path / f"{i}.tar").write_bytes(data)
+        data = tar_bytes({"a/0.png": encode("red"), f"t{i}.tar": data})
+    assert keys_of(tmp_path / "2.tar") == ["a/0.png", "t1/a/0.png", "t1/t0/1.png"]
+    deep = ImageTar(tmp_path / "19.tar")
+    assert deep.num_left_out == 1
+    assert re.search(r"19.tar: 1 left out: a tar in \d+ tars, such as 't18/t17/", capfd.readouterr().err)
+
+
+def test_a_tar_in_a_tar_in_a_tar_is_read(tmp_path):
+    inner = tar_bytes({"1.png": encode((7, 0, 0))})
+    (tmp_path / "data.tar").write_bytes(tar_bytes({"train.tar": tar_bytes({"cat.tar": inner, "dog/2.png": b""})}))
+    source = ImageTar(tmp_path / "data.tar", "train")
+    assert (source._keys, source.class_names) == (["train/cat/1.png", "train/dog/2.png"], ("cat", "dog"))
+    assert source[0].image[0, 0, 0] == 7
+
+
+def test_members_that_would_leave_an_archive_are_left_out_and_counted(tmp_path, capfd):
+    evil = {"/1.png": b"", "/a/2.png": b"", "b/../3.png": b"", "/notes.txt": b""}
+    inner = tar_bytes({"4.png": encode("red")} | evil)
+    (tmp_path / "data.tar").write_bytes(tar_bytes({"x.tar": inner, "y/5.png": encode("red"), "/z.tar": inner} | evil))
+    source = ImageTar(tmp_path / "data.tar")
+    assert (source._keys, source.class_names, source.num_left_out) == (["x/4.png", "y/5.png"], ("x", "y"), 7)
+    assert ImageTar(tmp_path / "data.tar", "x").num_left_out == 3
+    said = capfd.readouterr().err
+    assert "data.tar: 4 left out: its name leaves the archive, such as '/1.png'" in said
+    assert "data.tar: 3 left out: its name leaves the archive x.tar, such as 'x//1.png'" in said
+
+
+def test_links_in_a_tar_are_left_out_and_counted(tmp_path, capfd):
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        for name, kind in (("a/1.png", tarfile.REGTYPE), ("a/2.png", tarfile.LNKTYPE), ("a/3.txt", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a/1.png"
+            archive.addfile(member)
+    assert keys_of(tmp_path / "data.tar") == ["a/1.png"]
+    assert "data.tar: 1 left out: it is a link or sparse, such as 'a/2.png'" in capfd.readouterr().err
+
+
 def test_a_remote_folder_is_walked_by_its_scheme(monkeypatch):
     """Neither a `gs://` in the walked folders nor its absence (fsspec's) changes the keys."""
     from etils import epath
