@@ -23,6 +23,7 @@ from tqdm import tqdm
 from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, weights_hash
 from diffussm_jax.data import latents
 from diffussm_jax.data.images import BrokenImage
+from diffussm_jax.data.names import check_class_names, check_split_name
 from diffussm_jax.data.sources import Source
 from diffussm_jax.data.transforms import center_crop, image_grid, to_uint8, to_unit_range
 from diffussm_jax.io import folder_lock, write_whole
@@ -233,17 +234,18 @@ def precompute(job: Job) -> dict:
 
     Raises:
       ValueError: the folder has this split with other settings, the image size is not a multiple of the autoencoder's
-        downsampling, more than `max_bad_fraction` of the images are broken, or another job makes this split
-        (`io.folder_lock`). Finished shards are kept.
+        downsampling, the name of a class cannot be written, more than `max_bad_fraction` of the images are broken, or
+        another job makes this split (`io.folder_lock`). Finished shards are kept.
     """
     if job.image_size % job.vae.downsampling:
         raise ValueError(
             f"--image_size={job.image_size} is not a multiple of the autoencoder's downsampling {job.vae.downsampling}"
         )
-    latents.check_split_name(job.split)
+    check_split_name(job.split)
     settings = job.settings()
     if (job.folder / latents.card_name(job.split)).exists():
         return check_finished(job, settings)
+    check_class_names(job.source.class_names)
     latents.check_joins(job.folder, job.split, settings)
     encode = make_encoder(job)
     with contextlib.ExitStack() as lock:

@@ -228,7 +228,8 @@ def test_verify_draws_originals_above_reconstructions(small_vae, images, small_v
     expected = draw_reconstructions(_job(small_vae, images, finished))
     np.testing.assert_array_equal(picture, expected)
     first = open_source(str(images), "train")[0].image
-    tile = picture[2 : 2 + 2 * SIZE : 2, 2 : 2 + 2 * SIZE : 2]
+    zoom = 4  # eight images of 16 pixels make 512
+    tile = picture[2 : 2 + zoom * SIZE : zoom, 2 : 2 + zoom * SIZE : zoom]
     left = (first.shape[1] - SIZE) // 2
     np.testing.assert_array_equal(tile, first[:, left : left + SIZE])
 
@@ -426,6 +427,14 @@ def test_names_that_are_not_utf_8(small_vae, tmp_path):
     card = precompute(_job(small_vae, tmp_path / "images", tmp_path / "out"))
     assert card["class_names"] == ["caf\\udce9"]
     assert len(Latents(tmp_path / "out", "train")) == 1
+
+
+def test_a_class_name_with_a_line_break_is_refused_before_any_work(small_vae, tmp_path):
+    (tmp_path / "images" / "train" / "a\nb").mkdir(parents=True)
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "images" / "train" / "a\nb" / "1.png")
+    with pytest.raises(ValueError, match=r"the class 'a\\nb' is empty, has a line break"):
+        precompute(_job(small_vae, tmp_path / "images", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_split_that_does_not_fit_its_folder_is_refused_before_any_work(small_vae, images, tmp_path, monkeypatch):

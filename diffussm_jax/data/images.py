@@ -20,10 +20,12 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
+from diffussm_jax.data.walk import is_hidden, print_left_out, walk, walk_bucket
 from diffussm_jax.io import is_bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 MAX_ENCODED_BYTES = 1 << 30  # per image of an archive, because a header may claim any size
+MAX_TARS = 8  # inside each other
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # Formats that Pillow decodes itself. Others may run programs: EPS calls Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -131,12 +133,24 @@ class _Files:
     The class of an image is its parent folder; labels number the sorted class names. If no image has a parent folder
     below the split's, there are no labels. Skipped are names that are hidden, in __MACOSX, absolute, contain "..", or
     have no image extension.
+
+    Other images that cannot be read are left out, too: their names and reasons are in `left_out`. Those of the split
+    are counted and printed.
+
+    Attributes:
+      num_left_out: how many.
     """
 
-    def __init__(self, kind: str, path: epath.Path, names: Collection[str], split: str):
+    def __init__(
+        self, kind: str, path: epath.Path, names: Collection[str], split: str, left_out: Mapping[str, str] | None = None
+    ):
         split = split.strip("/")
         prefix = f"{split}/" if split else ""
         self.description = f"{kind} {path.name}" + (f", split {split}" if split else "")
+        left_out = {name: "its name leaves the archive" for name in names if _leaves_root(name)} | (left_out or {})
+        left_out = {k: v for k, v in left_out.items() if k.lstrip("/").startswith(prefix) or prefix.startswith(f"{k}/")}
+        self.num_left_out = len(left_out)
+        print_left_out(path, left_out)
         images = [name for name in names if _is_image(name)]
         self._keys = sorted(name for name in images if name.startswith(prefix))
         if not self._keys:
@@ -186,7 +200,12 @@ def _is_image(name: str) -> bool:
     """Whether a name is an image's. Names that leave the root are not."""
     if name.startswith("/") or not name.lower().endswith(IMAGE_EXTENSIONS):
         return False
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return not any(is_hidden(part) for part in name.split("/"))
+
+
+def _leaves_root(name: str) -> bool:
+    """Whether an image or a tar would lie outside of the folder into which its archive is unpacked."""
+    return (name.startswith("/") or ".." in name.split("/")) and name.lower().endswith((*IMAGE_EXTENSIONS, ".tar"))
 
 
 def _normalize_name(name: str) -> str:
@@ -200,21 +219,28 @@ def _check_size(num_bytes: int) -> None:
 
 
 class ImageFolder(_Files):
-    """Images in a folder, at any depth, local or remote (gs://...). Local links are followed.
+    """Images in a folder, at any depth, local or remote (gs://...).
+
+    Local links are followed. Of links in circles each folder is read once. Links that lead nowhere and folders that
+    may not be listed are left out, counted in `num_left_out`, and printed to stderr.
 
     Args:
       split: the top-level folder to read; "" for everything.
 
     Raises:
       FileNotFoundError: the folder does not exist.
-      ValueError: no images in the split, or images both within and without class folders.
+      ValueError: no images in the split, images both within and without class folders, or links that lead to a folder
+        on more than 1,000 paths.
+      OSError: the disk or network fails, or the folder may not be listed.
     """
 
     def __init__(self, path: epath.PathLike, split: str = ""):
         self._path = epath.Path(path)
         if not self._path.is_dir():
             raise FileNotFoundError(f"no folder {self._path}")
-        super().__init__("folder", self._path, list(_walk(self._path)), split)
+        left_out = {}
+        names = walk_bucket(self._path) if is_bucket(self._path) else walk(os.fspath(self._path), left_out)
+        super().__init__("folder", self._path, list(names), split, left_out)
 
     def _read(self, key: str) -> bytes:
         if not is_bucket(self._path):
@@ -229,25 +255,11 @@ class ImageFolder(_Files):
         return 0 if is_bucket(self._path) else os.stat(self._path / key).st_size
 
 
-def _walk(root: epath.Path) -> Iterator[str]:
-    """Yields the relative names of all files below root."""
-    start = os.fspath(root)
-    for folder, subfolders, names in root.walk() if is_bucket(root) else os.walk(start, followlinks=True):
-        folder = os.fspath(folder)
-        below = folder.split("://")[-1].removeprefix(start.split("://")[-1])  # some backends drop the scheme
-        yield from (f"{below}/{name}".lstrip("/") for name in names)
-        if not is_bucket(root):
-            subfolders[:] = [name for name in subfolders if not _is_link_loop(os.path.join(folder, name))]
-
-
-def _is_link_loop(path: str) -> bool:
-    """Whether a link leads to a folder that contains it, which would never end."""
-    above = os.path.realpath(os.path.dirname(path)) + os.sep
-    return os.path.islink(path) and above.startswith(os.path.join(os.path.realpath(path), ""))
-
-
 class ImageZip(_Files):
     """Images in a zip file, local or remote, with the arguments and rules of `ImageFolder`.
+
+    Backslashes in names are separators. Images whose names are absolute or contain ".." are left out, counted in
+    `num_left_out`, and printed to stderr.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -262,7 +274,7 @@ class ImageZip(_Files):
             except Exception as error:  # struct.error, OverflowError, ... and zipfile's own
                 raise ValueError(f"{self._path} is not a zip file, or is damaged or cut short: {error}") from error
         # Of two members with the same name the later one is used, as in unzip.
-        self._members = {_normalize_name(member.filename): member for member in members}
+        self._members = {_normalize_name(member.filename.replace("\\", "/")): member for member in members}
         super().__init__("zip", self._path, self._members, split)
 
     def _read(self, key: str) -> bytes:
@@ -292,7 +304,9 @@ class ImageTar(_Files):
     """Images in an uncompressed tar file, local or remote, with the arguments and rules of `ImageFolder`.
 
     A tar inside it is treated as a folder of that name, as in ImageNet's ILSVRC2012_img_train.tar, whose n01440764.tar
-    holds n01440764_10026.JPEG. All headers are read once, at opening. Links and sparse members are skipped.
+    holds n01440764_10026.JPEG, up to a depth of `MAX_TARS`. All headers are read once, at opening. Links, sparse
+    members, and images and tars whose names are absolute or contain ".." are left out, counted in `num_left_out`, and
+    printed to stderr.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -302,15 +316,15 @@ class ImageTar(_Files):
     def __init__(self, path: epath.PathLike, split: str = ""):
         self._path = epath.Path(path)
         with self._path.open("rb") as file:
-            start = file.read(8)
+            start, left_out = file.read(8), {}
             for magic, name in _COMPRESSED.items():
                 if start.startswith(magic):
                     raise ValueError(f"{self._path} is compressed ({name}), so it has no random access; unpack it")
             try:
-                self._members = _index_tar(file)
+                self._members = _index_tar(file, left_out)
             except Exception as error:  # UnicodeDecodeError, KeyError, ... and tarfile's own
                 raise ValueError(f"{self._path} is not a tar file, or is damaged or cut short: {error}") from error
-        super().__init__("tar", self._path, self._members, split)
+        super().__init__("tar", self._path, self._members, split, left_out)
 
     def _read(self, key: str) -> bytes:
         offset, size = self._members[key]
@@ -326,20 +340,41 @@ class ImageTar(_Files):
         return self._members[key][1]
 
 
-def _index_tar(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Offset and size of every file in a tar and in its inner tars, by name."""
+def _index_tar(
+    file: BinaryIO,
+    left_out: dict[str, str],
+    parents: tuple[str, ...] = (),
+    start: int = 0,
+    end: float = float("inf"),
+) -> dict[str, tuple[int, int]]:
+    """Offset and size of every file in a tar and in its inner tars, by name.
+
+    Args:
+      left_out: gets the images and tars that are not among them, with the reasons.
+      parents: names of the tars around this one and its own.
+    """
     members = {}
-    for name, (offset, size) in list(_scan_tar(file, 0)):
-        if name.lower().endswith(".tar") and not any(part.startswith(".") for part in name.split("/")):
-            inner = _scan_tar(file, offset, offset + size)
-            members |= {f"{name[:-4]}/{inner_name}": where for inner_name, where in inner}
+    archive, folder = "/".join(parents), "".join(f"{parent[:-4]}/" for parent in parents)
+    for name, where in list(_scan_tar(file, start, end)):
+        if _leaves_root(name):
+            left_out[folder + name] = f"its name leaves the archive {archive}".rstrip()
+        elif where is None:
+            if _is_image(name):
+                left_out[folder + name] = "it is a link or sparse"
+        elif not name.lower().endswith(".tar") or any(part.startswith(".") for part in name.split("/")):
+            members[folder + name] = where
+        elif len(parents) == MAX_TARS:
+            left_out[folder + name] = f"a tar in {MAX_TARS} tars"
         else:
-            members[name] = (offset, size)
+            offset, size = where
+            members |= _index_tar(file, left_out, (*parents, name), offset, offset + size)
     return members
 
 
-def _scan_tar(file: BinaryIO, start: int, end: float = float("inf")) -> Iterator[tuple[str, tuple[int, int]]]:
+def _scan_tar(file: BinaryIO, start: int, end: float) -> Iterator[tuple[str, tuple[int, int] | None]]:
     """Yields (name, (offset, size)) for the files of the tar between the bytes `start` and `end`.
+
+    Links and sparse files have None in place of offset and size.
 
     Raises:
       tarfile.TarError, ValueError: it is damaged or truncated.
@@ -352,6 +387,8 @@ def _scan_tar(file: BinaryIO, start: int, end: float = float("inf")) -> Iterator
                 raise ValueError(f"{member.name} of {member.size} bytes extends beyond its archive")
             if member.isreg() and not member.issparse():
                 yield _normalize_name(member.name), (member.offset_data, member.size)
+            elif member.islnk() or member.issym() or member.issparse():
+                yield _normalize_name(member.name), None
         # tarfile treats an unreadable header as the end. The true end is a block of zeros.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 
@@ -29,6 +28,7 @@ import numpy as np
 from etils import epath
 
 from diffussm_jax.data.card import FORMAT_VERSION, card_name, read_card, splits_in
+from diffussm_jax.data.names import check_class_names
 from diffussm_jax.io import file_sha256, is_bucket, partial_path, write_whole
 
 NAME = "latents"
@@ -43,6 +43,7 @@ def shard_name(split: str, index: int, num_shards: int) -> str:
 def _features(latent_shape: Sequence[int], class_names: Sequence[str]):
     import tensorflow_datasets as tfds
 
+    check_class_names(class_names)
     tensor = tfds.features.Tensor(shape=(2, *latent_shape), dtype=np.float16, encoding=tfds.features.Encoding.BYTES)
     label = tfds.features.ClassLabel(names=class_names) if class_names else tfds.features.Scalar(np.int64)
     return tfds.features.FeaturesDict({"mean": tensor, "log_std": tensor, "label": label, "key": tfds.features.Text()})
@@ -191,12 +192,6 @@ def check_same_kind(ours: Mapping, theirs: Mapping, our_name: str, their_name: s
     ]
     if differing:
         raise ValueError("these splits do not belong to one data set: " + "; ".join(differing))
-
-
-def check_split_name(split: str) -> None:
-    """Raises ValueError unless TFDS allows the name."""
-    if not re.fullmatch(r"\w[\w-]*", split) or split == "all":
-        raise ValueError(f"a split's name is letters, digits, _ and -, and not 'all'; got {split!r}")
 
 
 def _write_metadata(folder: epath.Path, cards: Mapping[str, Mapping]) -> None:

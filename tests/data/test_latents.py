@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,14 @@ def test_what_is_written_is_read(tmp_path):
         np.testing.assert_array_equal(data[i]["log_std"], log_std)
         assert data[i]["label"] == label and data[i]["label"].dtype == np.int32
     assert latents.verify(tmp_path, "train") == data.card
+
+
+@pytest.mark.parametrize("name", ["cat\n\ndog", "a\rb", " ", "cat ", ""])
+def test_class_names_that_tfds_would_not_read_back_are_refused(tmp_path, name):
+    """TFDS's label.labels.txt has a name a line, stripped, and drops empty ones: later names would shift."""
+    with pytest.raises(ValueError, match=rf"the class {re.escape(repr(name))} .*rename"):
+        latents.ShardWriter(tmp_path, "train", 0, 1, SHAPE, ["ant", name, "dog"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_tfds_reads_it_without_tensorflow(tmp_path):

@@ -1,7 +1,9 @@
 """Every kind of source gives the same images, labels and keys, in one order, and says what is wrong with bad ones."""
 
+import errno
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffussm_jax.data import images
+from diffussm_jax.data import images, walk
 from diffussm_jax.data.sources import (
     LSUN,
     TFDS,
@@ -165,6 +167,147 @@ def test_a_folder_follows_links_but_not_in_circles(tmp_path):
     assert ImageFolder(folder)._keys == ["a/1.png", "b/1.png"]
 
 
+def keys_of(path, split=""):
+    return open_source(str(path), split)._keys
+
+
+@pytest.mark.parametrize("num_links", [1, 2])
+def test_links_in_circles_are_read_once(tmp_path, num_links):
+    folder = write_folder(tmp_path / "data", {"a/1.png": encode("red"), "b/2.png": encode("red")})
+    for i in range(num_links):
+        (folder / "a" / f"l{i}").symlink_to("../b")
+        (folder / "b" / f"l{i}").symlink_to("../a")
+    source = open_source(str(folder))
+    assert (source._keys, source.class_names) == (["a/1.png", "b/2.png"], ("a", "b"))
+
+
+def test_a_circle_through_folders_elsewhere_is_read_once(tmp_path):
+    pool = write_folder(tmp_path / "pool", {"x/1.png": encode("red"), "y/2.png": encode("red"), "z/3.png": b""})
+    (folder := tmp_path / "data").mkdir()
+    (pool / "x" / "l").symlink_to("../y")
+    (pool / "y" / "l").symlink_to("../x")
+    (pool / "z" / "back").symlink_to(folder)
+    for name in "xyz":
+        (folder / name).symlink_to(pool / name)
+    (folder / "z2").symlink_to(pool / "z")
+    assert keys_of(folder) == ["x/1.png", "y/2.png", "z/3.png"]
+
+
+def test_links_without_circles_may_share_a_folder(tmp_path):
+    pool = write_folder(tmp_path / "pool", {"cat/1.png": encode("red"), "cat/more/2.png": encode("red")})
+    folder = write_folder(tmp_path / "data", {"test/dog/3.png": encode("red")})
+    (folder / "val").symlink_to("test")
+    (folder / "train").mkdir()
+    (folder / "test" / "dog" / "4.png").symlink_to(pool / "cat" / "1.png")
+    (pool / "cat" / "more" / "up").symlink_to(pool / "cat")  # the only circle
+    for split in ("train", "test"):
+        (folder / split / "cat").symlink_to(pool / "cat")
+    cats, dogs = ["cat/1.png", "cat/more/2.png"], ["dog/3.png", "dog/4.png"]
+    assert keys_of(folder, "train") == [f"train/{name}" for name in cats]
+    assert keys_of(folder, "test") == [f"test/{name}" for name in cats + dogs]
+    assert keys_of(folder, "val") == [f"val/{name}" for name in cats + dogs]
+
+
+def test_links_that_multiply_without_circles_are_refused(tmp_path):
+    for i in range(30):
+        folder = write_folder(tmp_path / f"{i:02d}", {"1.png": encode("red")})
+        for name in "ab":
+            (folder / name).symlink_to(tmp_path / f"{i + 1:02d}")
+    with pytest.raises(ValueError, match=r"links lead to the folder '.*' on more than 1,000 paths"):
+        open_source(str(tmp_path / "00"))
+
+
+def test_links_in_a_long_row_are_followed_as_far_as_the_system_does(tmp_path, capfd):
+    for i in range(60):
+        folder = write_folder(tmp_path / f"{i:02d}", {"a/1.png": encode("red")})
+        (folder / "l").symlink_to(f"../{i + 1:02d}")
+    source = ImageFolder(tmp_path / "00")
+    assert 2 < len(source) < 60 and source[len(source) - 1].image.shape == (3, 4, 3) and source.fingerprint()
+    assert re.search(r"1 left out: .*Too many levels of symbolic links, such as 'l/l/", capfd.readouterr().err)
+
+
+def test_what_cannot_be_found_is_left_out_and_counted(tmp_path, capfd):
+    folder = write_folder(tmp_path / "data", {"a/1.png": encode("red"), "b/2.png": encode("red")})
+    for name in ("a/0.png", "a/3.png", "b/4.png"):
+        (folder / name).symlink_to("/nowhere/x.png")
+    (folder / "c").symlink_to("/nowhere")
+    (folder / "a" / "self.png").symlink_to("self.png")
+    source = ImageFolder(folder)
+    assert source._keys == ["a/1.png", "b/2.png"] and len(source.fingerprint()) == 64
+    said = capfd.readouterr().err
+    assert re.search(r"data: 4 left out: No such file or directory, such as 'a/0.png'", said)
+    assert re.search(r"data: 1 left out: Too many levels of symbolic links, such as 'a/self.png'", said)
+    assert source.num_left_out == 5 and ImageFolder(folder / "b").num_left_out == 1
+    (folder / "b" / "4.png").unlink()
+    assert ImageFolder(folder, "b").num_left_out == 0
+
+
+def test_a_folder_without_permission_is_left_out_and_counted(tmp_path, monkeypatch, capfd):
+    folder = write_folder(tmp_path / "data", {"a/1.png": encode("red"), "b/2.png": encode("red")})
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).rstrip("/").endswith("data/b"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert keys_of(folder) == ["a/1.png"]
+    assert "data: 1 left out: Permission denied, such as 'b'" in capfd.readouterr().err
+    monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):  # a failing disk is no smaller data set
+        open_source(str(folder))
+
+
+def test_backslashes_in_a_zip_separate_folders(tmp_path, capfd):
+    files = {"train\\cat\\1.jpg": encode((7, 0, 0)), "train\\dog\\2.jpg": encode("red"), "..\\3.jpg": b""}
+    source = open_source(str(write_zip(tmp_path / "data.zip", files)), "train")
+    assert (source._keys, source.class_names) == (["train/cat/1.jpg", "train/dog/2.jpg"], ("cat", "dog"))
+    assert source[0].image[0, 0, 0] == 7
+    assert open_source(str(tmp_path / "data.zip")).num_left_out == 1
+
+
+def test_tars_in_tars_are_folders_to_some_depth(tmp_path, capfd):
+    data = tar_bytes({"1.png": encode((7, 0, 0))})
+    for i in range(20):
+        (tmp_path / f"{i}.tar").write_bytes(data)
+        data = tar_bytes({"a/0.png": encode("red"), f"t{i}.tar": data})
+    assert keys_of(tmp_path / "2.tar") == ["a/0.png", "t1/a/0.png", "t1/t0/1.png"]
+    deep = ImageTar(tmp_path / "19.tar")
+    assert deep.num_left_out == 1
+    assert re.search(r"19.tar: 1 left out: a tar in \d+ tars, such as 't18/t17/", capfd.readouterr().err)
+
+
+def test_a_tar_in_a_tar_in_a_tar_is_read(tmp_path):
+    inner = tar_bytes({"1.png": encode((7, 0, 0))})
+    (tmp_path / "data.tar").write_bytes(tar_bytes({"train.tar": tar_bytes({"cat.tar": inner, "dog/2.png": b""})}))
+    source = ImageTar(tmp_path / "data.tar", "train")
+    assert (source._keys, source.class_names) == (["train/cat/1.png", "train/dog/2.png"], ("cat", "dog"))
+    assert source[0].image[0, 0, 0] == 7
+
+
+def test_members_that_would_leave_an_archive_are_left_out_and_counted(tmp_path, capfd):
+    evil = {"/1.png": b"", "/a/2.png": b"", "b/../3.png": b"", "/notes.txt": b""}
+    inner = tar_bytes({"4.png": encode("red")} | evil)
+    (tmp_path / "data.tar").write_bytes(tar_bytes({"x.tar": inner, "y/5.png": encode("red"), "/z.tar": inner} | evil))
+    source = ImageTar(tmp_path / "data.tar")
+    assert (source._keys, source.class_names, source.num_left_out) == (["x/4.png", "y/5.png"], ("x", "y"), 7)
+    assert ImageTar(tmp_path / "data.tar", "x").num_left_out == 3
+    said = capfd.readouterr().err
+    assert "data.tar: 4 left out: its name leaves the archive, such as '/1.png'" in said
+    assert "data.tar: 3 left out: its name leaves the archive x.tar, such as 'x//1.png'" in said
+
+
+def test_links_in_a_tar_are_left_out_and_counted(tmp_path, capfd):
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        for name, kind in (("a/1.png", tarfile.REGTYPE), ("a/2.png", tarfile.LNKTYPE), ("a/3.txt", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a/1.png"
+            archive.addfile(member)
+    assert keys_of(tmp_path / "data.tar") == ["a/1.png"]
+    assert "data.tar: 1 left out: it is a link or sparse, such as 'a/2.png'" in capfd.readouterr().err
+
+
 def test_a_remote_folder_is_walked_by_its_scheme(monkeypatch):
     """Neither a `gs://` in the walked folders nor its absence (fsspec's) changes the keys."""
     from etils import epath
@@ -172,7 +315,7 @@ def test_a_remote_folder_is_walked_by_its_scheme(monkeypatch):
     for walked in ("gs://bucket/data", "bucket/data"):
         tree = [(walked, ["cat"], []), (f"{walked}/cat", [], ["1.png"])]
         monkeypatch.setattr(type(epath.Path("gs://bucket/data")), "walk", lambda self, tree=tree: iter(tree))
-        assert list(images._walk(epath.Path("gs://bucket/data"))) == ["cat/1.png"]
+        assert list(walk.walk_bucket(epath.Path("gs://bucket/data"))) == ["cat/1.png"]
 
 
 def test_imagenets_tar_of_tars(tmp_path):
