@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,7 +27,7 @@ from diffussm_jax.data.images import BrokenImage
 from diffussm_jax.data.names import check_class_names, check_split_name
 from diffussm_jax.data.sources import Source
 from diffussm_jax.data.transforms import center_crop, image_grid, to_uint8, to_unit_range
-from diffussm_jax.io import folder_lock, write_whole
+from diffussm_jax.io import folder_lock, read_json, write_whole
 from diffussm_jax.parallel.hosts import barrier_on_all_hosts
 from diffussm_jax.parallel.mesh import make_mesh, over_batch, replicated
 
@@ -112,7 +113,8 @@ class _Progress:
     def __init__(self, job: Job, settings: dict):
         self._job, self._folder = job, job.folder / f"unfinished-{job.split}"
         path = self._folder / "settings.json"
-        differing = _differences(json.loads(path.read_text()), settings) if path.exists() else []
+        has_shards = self._folder.exists() and any(re.fullmatch(r"\d+\.json", p.name) for p in self._folder.iterdir())
+        differing = _differences(read_json(path), settings) if has_shards and path.exists() else []
         if differing:
             raise ValueError(
                 f"{job.folder} holds a begun split {job.split!r} of other settings; delete it or choose another "
@@ -125,10 +127,13 @@ class _Progress:
         return self._folder / f"{shard:05d}.json"
 
     def read(self, shard: int) -> dict | None:
-        """Reads what `finished` wrote, or None if the shard does not exist."""
+        """Reads what `finished` wrote, or None if that is damaged or the shard does not exist."""
         if not self._path(shard).exists():
             return None
-        note = json.loads(self._path(shard).read_text())
+        try:
+            note = read_json(self._path(shard))
+        except ValueError:
+            return None
         return note if latents.has_shard(self._job.folder, note["shard"]) else None
 
     def finished(self, shard: int, about: dict, skipped: list[dict]) -> None:

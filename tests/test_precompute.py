@@ -314,6 +314,21 @@ def test_a_split_that_another_job_has_just_finished_is_not_made_again(small_vae,
     assert not list(tmp_path.glob("unfinished*"))
 
 
+def test_a_first_try_without_a_shard_does_not_stop_the_corrected_command(small_vae, images, tmp_path, monkeypatch):
+    unfinished = tmp_path / "unfinished-train"
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "_write_shards", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            precompute(_job(small_vae, images, tmp_path, batch_size=4))
+    assert [path.name for path in unfinished.iterdir()] == ["settings.json"]
+    (unfinished / "00001.json").write_text("{")  # a note that was cut is no shard, but says that there was one
+    with pytest.raises(ValueError, match="holds a begun split 'train' of other settings(.|\n)*batch_size"):
+        precompute(_job(small_vae, images, tmp_path))
+    (unfinished / "00001.json").unlink()
+    (unfinished / "settings.json").write_text("{")
+    assert precompute(_job(small_vae, images, tmp_path))["num_records"] == 90
+
+
 def test_a_lock_file_left_behind_is_taken_over(small_vae, images, tmp_path):
     path = tmp_path / "precompute-train-0.lock"
     path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": "yesterday"}))
