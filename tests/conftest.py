@@ -46,3 +46,8 @@ def small_vae_folder(small_vae, tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoencoder") / "vae"
     to_diffusers(*small_vae, folder)
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the tests of training first: the long ones among them take minutes, and one worker would be left with them."""
+    items.sort(key=lambda item: "/training/" not in item.path.as_posix())
