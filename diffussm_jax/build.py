@@ -141,7 +141,7 @@ class Parts(DataParts):
                     sample_grid,
                     draw=self._draw_grid,
                     num_columns=self._num_grid_columns,
-                    labels=range(config.data.num_classes) if config.data.num_classes else None,
+                    labels=range(self._num_grid_columns) if config.data.num_classes else None,
                     name=sampling_name(config, config.seed),
                     seed=config.seed,
                     every=config.sample_every,

@@ -84,10 +84,11 @@ def help_text(main: Callable, flag_values: flags.FlagValues) -> str:
     """The docstring of a program's module, then its flags with their defaults."""
     lines = [sys.modules[main.__module__].__doc__.strip(), "", "Flags:"]
     for flag in dict.fromkeys(itertools.chain.from_iterable(flag_values.flags_by_module_dict().values())):
-        default = f" (default: {flag.default_as_str.strip(chr(39))})" if flag.default not in (None, []) else ""
-        lines += textwrap.wrap(
-            f"{flag.help}{default}", 118, initial_indent=f"  --{flag.name}: ", subsequent_indent=" " * 6
-        )
+        text = f"  --{flag.name}: {flag.help}"
+        if flag.default not in (None, []):
+            default = flag.default_as_str.strip("'")
+            text += f" (default: {default})"
+        lines += textwrap.wrap(text, 118, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
@@ -152,6 +153,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_ARENA_MAX, 1)  # has no effect on threads that allocated before
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def define_checkpoint(flag_values: flags.FlagValues) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """Defines --checkpoint and --ema_sigma, which `load_run` takes."""
+    checkpoint = flags.DEFINE_string(
+        "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=flag_values
+    )
+    ema_sigma = flags.DEFINE_float(
+        "ema_sigma",
+        None,
+        "Relative length of a post-hoc EMA, such as 0.08. Default: checkpoint's EMA.",
+        flag_values=flag_values,
+    )
+    return checkpoint, ema_sigma
 
 
 def define_compilation_cache(flag_values: flags.FlagValues) -> flags.FlagHolder:

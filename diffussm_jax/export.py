@@ -21,12 +21,7 @@ CARD = "README.md"
 _FLAGS = flags.FlagValues()  # of its own, so that several programs can be imported together
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of diffussm_jax.main.", flag_values=_FLAGS)
 _OUT = flags.DEFINE_string("out", None, "Folder to write; it must not hold an export yet.", flag_values=_FLAGS)
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=_FLAGS
-)
-_EMA_SIGMA = flags.DEFINE_float(
-    "ema_sigma", None, "Relative length of a post-hoc EMA, such as 0.08. Default: checkpoint's EMA.", flag_values=_FLAGS
-)
+_CHECKPOINT, _EMA_SIGMA = cli.define_checkpoint(_FLAGS)
 _PUSH_TO_HUB = flags.DEFINE_string(
     "push_to_hub", None, "Repository of the Hugging Face hub, USER/NAME, to upload the folder to.", flag_values=_FLAGS
 )

@@ -43,32 +43,25 @@ _WANDB_PROJECT = flags.DEFINE_string(
 
 
 def describe(config: ConfigDict) -> str:
-    """One line about the model: parameters, sequence length, and multiply-adds. Allocates no arrays."""
-    parts = Parts(config)
+    """A line about the model: parameters, sequence length, multiply-adds; and one about the machine. No arrays."""
+    devices, parts = jax.devices(), Parts(config, make_mesh(**config.mesh.to_dict()))
+    axes = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+    machine = f"{len(devices)} x {devices[0].device_kind} ({platform_of(devices[0])}), mesh: {axes}"
     if not parts.trains_model:
-        return f"task {config.task.name}"
+        return f"task {config.task.name}\n{machine}"
     H, W, C = parts.input_shape
-    costs = parts.model.costs(parts.input_shape)
-    line = (
+    costs = parts.model.costs(parts.input_shape, per_device_microbatch(config, parts.mesh.shape))
+    model = (
         f"{type(parts.model).__name__}: {sum(costs.parameters.values()):,} parameters, {H} x {W} x {C} input, "
         f"L = {H * W:,} positions"
     )
-    if not costs.multiply_adds:
-        return line
-    return f"{line}, {costs.total / 1e9:.3f} G multiply-adds per image in the linear layers (forward)"
-
-
-def describe_machine(config: ConfigDict) -> str:
-    """One line about devices, mesh, dtype, and the method that computes the mixer."""
-    devices, parts = jax.devices(), Parts(config, make_mesh(**config.mesh.to_dict()))
-    axes = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
-    line = f"{len(devices)} x {devices[0].device_kind} ({platform_of(devices[0])}), mesh: {axes}"
-    if not parts.trains_model:
-        return line
-    method = parts.model.costs(parts.input_shape, per_device_microbatch(config, parts.mesh.shape)).mixer_method
-    return (
-        line + (f", {config.model.dtype}" if "dtype" in config.model else "") + (f", SSM: {method}" if method else "")
-    )
+    if costs.multiply_adds:
+        model += f", {costs.total / 1e9:.3f} G multiply-adds per image in the linear layers (forward)"
+    if "dtype" in config.model:
+        machine += f", {config.model.dtype}"
+    if costs.mixer_method:
+        machine += f", SSM: {costs.mixer_method}"
+    return f"{model}\n{machine}"
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:
@@ -93,7 +86,7 @@ def main() -> int:
     validate(config, jax.device_count())
     is_first_process = jax.process_index() == 0
     if is_first_process:
-        print(describe(config), describe_machine(config), sep="\n", flush=True)
+        print(describe(config), flush=True)
     stopped_by = train(
         build_experiment(config), workdir, profile_steps=profile_steps, wandb_project=_WANDB_PROJECT.value
     )

@@ -38,12 +38,7 @@ _OUT = flags.DEFINE_string(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=MAX_SEED, flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per batch.", lower_bound=1, flag_values=_FLAGS)
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=_FLAGS
-)
-_EMA_SIGMA = flags.DEFINE_float(
-    "ema_sigma", None, "Relative length of a post-hoc EMA, such as 0.08. Default: checkpoint's EMA.", flag_values=_FLAGS
-)
+_CHECKPOINT, _EMA_SIGMA = cli.define_checkpoint(_FLAGS)
 _COMPILATION_CACHE = cli.define_compilation_cache(_FLAGS)
 _VAE = flags.DEFINE_string("vae", None, "Autoencoder that decodes latents. Default: config.", flag_values=_FLAGS)
 
@@ -57,6 +52,12 @@ def output_paths(out: epath.PathLike) -> tuple[epath.Path, epath.Path]:
     if out.suffix in (".png", ".npz"):
         out = out.with_suffix("")
     return out.parent / (out.name + ".png"), out.parent / (out.name + ".npz")
+
+
+def check_outputs(out: epath.PathLike) -> None:
+    """Raises OSError if the output files cannot be written."""
+    for path in output_paths(out):
+        check_writable(path)
 
 
 def default_out(workdir: epath.PathLike, run: Run, seed: int, ema_sigma: float | None = None) -> epath.Path:
@@ -92,8 +93,7 @@ def main() -> int:
     cli.keep_freed_memory()
     cli.use_compilation_cache(_COMPILATION_CACHE.value)
     if _OUT.value:
-        for path in output_paths(_OUT.value):
-            check_writable(path)
+        check_outputs(_OUT.value)
     overrides = {"guidance_scale": _GUIDANCE_SCALE.value, "sampler": _SAMPLER.value, "num_steps": _STEPS.value}
     run = load_run(
         _WORKDIR.value,
@@ -103,6 +103,7 @@ def main() -> int:
         **{key: value for key, value in overrides.items() if value is not None},
     )
     out = _OUT.value or default_out(_WORKDIR.value, run, _SEED.value, _EMA_SIGMA.value)
+    check_outputs(out)
     with tqdm(total=_NUM_SAMPLES.value, unit="image", dynamic_ncols=True) as bar:
         images, labels = run.sample(
             _NUM_SAMPLES.value,

@@ -87,7 +87,7 @@ def test_malformed_hosts_are_named(value):
 
 def test_the_machine_is_described_in_a_line():
     config = load_config(str(CONFIGS / "digits.py"))
-    line = train_program.describe_machine(config)
+    _, line = train_program.describe(config).splitlines()
     assert line == f"{jax.device_count()} x cpu (cpu), mesh: data 1, fsdp 1, tensor 1, float32, SSM: fft"
 
 

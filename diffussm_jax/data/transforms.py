@@ -128,23 +128,23 @@ def image_grid(images: np.ndarray, num_columns: int, labels: Sequence | None = N
     images = images.repeat(zoom, 1).repeat(zoom, 2)
     B, H, W, C = images.shape
     rows, columns = np.divmod(np.arange(B), num_columns)
-    texts = [] if labels is None else [str(label) for label in labels]
-    place = next((k for k, groups in (("columns", columns), ("rows", rows)) if _is_shared(texts, groups)), "images")
-    font = ImageFont.load_default(_FONT_SIZE)
-    has_line, left = bool(texts) and place == "images", 0  # above each row of images
-    top = _LINE if texts and place == "columns" else 0
-    if texts and place == "rows":
-        left = math.ceil(max(font.getlength(text) for text in texts)) + 4
-    tile_height = H + 2 + (_LINE if has_line else 0)
+    font, texts, place = ImageFont.load_default(_FONT_SIZE), [], ""
+    if labels is not None:
+        texts = [str(label) for label in labels]
+        is_shared = {"columns": _is_shared(texts, columns), "rows": _is_shared(texts, rows), "images": True}
+        place = next(name for name, value in is_shared.items() if value)
+    top = _LINE if place == "columns" else 0
+    left = math.ceil(max(font.getlength(text) for text in texts)) + 4 if place == "rows" else 0
+    tile_height = H + 2 + (_LINE if place == "images" else 0)
     width, height = left + num_columns * (W + 2) + 2, top + int(rows[-1] + 1) * tile_height + 2
     grid = Image.new("L" if C == 1 else "RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
     for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
         x, bottom = left + column * (W + 2) + 2, top + (row + 1) * tile_height
         grid.paste(Image.fromarray(images[i, ..., 0] if C == 1 else images[i]), (x, bottom - H))
-        if has_line or (top and row == 0):
+        if place == "images" or (place == "columns" and row == 0):
             draw.text((x + W / 2, bottom - H - 2), texts[i], "black", font, "ms")
-        elif left and column == 0:
+        elif place == "rows" and column == 0:
             draw.text((left, bottom - H / 2), texts[i], "black", font, "rm")
     return np.asarray(grid).reshape(height, width, C)
 

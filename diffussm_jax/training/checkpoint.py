@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from diffussm_jax.io import check_same_shapes, file_sha256, files_below, is_bucket, shapes_by_path
+from diffussm_jax.io import check_same_shapes, file_sha256, files_below, is_bucket, read_json, shapes_by_path
 
 NUM_NEWEST = 2
 DIRECTORY = "checkpoints"
@@ -106,12 +106,12 @@ class Store:
         """The metrics of a step; None if it has none, or the error if they are damaged."""
         path = self.directory / str(step) / _METRICS
         try:
-            metrics = json.loads(path.read_bytes())
-            if not isinstance(metrics, dict) or not all(isinstance(v, int | float) for v in metrics.values()):
-                raise ValueError(f"{metrics!r} are no metrics")
+            metrics = read_json(path)
+            if not all(isinstance(value, int | float) for value in metrics.values()):
+                raise ValueError(f"{path} holds {metrics!r}, which are no metrics")
         except FileNotFoundError:
             return None
-        except ValueError as error:  # of text and of JSON
+        except ValueError as error:
             return error
         return metrics
 
@@ -120,7 +120,7 @@ class Store:
             for step in sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()):
                 if isinstance(error := self._read_metrics(step), ValueError):
                     aside = self.quarantine(step)
-                    print(f"The checkpoint of step {step} was moved to {aside}: {_METRICS}: {error}", flush=True)
+                    print(f"The checkpoint of step {step} was moved to {aside}: {error}", flush=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("metrics of checkpoints are read")
 
@@ -147,9 +147,9 @@ class Store:
         """Lists the corrupt files of a step (or of some of its items), one line each; empty if all are valid."""
         folder = self.directory / str(step)
         try:
-            sums = json.loads((folder / CHECKSUMS).read_text())
+            sums = read_json(folder / CHECKSUMS)
             wanted = {n: s for n, s in sums.items() if items is None or n.partition("/")[0] in (*items, _ABOUT)}
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             return [f"{CHECKSUMS} cannot be read: {error}"]
         wrong = []
         for name, expected in wanted.items():
@@ -301,10 +301,10 @@ class Checkpointer:
         steps = self._store.steps()
         if not steps:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        best = self._store.best_step()
         if which == "latest":
             candidates = steps[::-1]
         elif which == "best":
+            best = self._store.best_step()
             candidates = [steps[-1] if best is None else best]
         elif which.isdecimal() and int(which) in steps:
             candidates = [int(which)]

@@ -84,8 +84,8 @@ def sample_grid(
                 print(f"step {step}: no grid of samples: {error}", flush=True)
             return {}
         if jax.process_index() == 0:
-            texts = None if labels is None else [labels[i % num_columns] for i in range(len(images))]
-            grid, folder = image_grid(images, num_columns, texts), context.workdir / "samples"
+            of_images = None if labels is None else np.resize(labels, len(images))
+            grid, folder = image_grid(images, num_columns, of_images), context.workdir / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             save_png(folder / f"step_{step:08d}_{name}.png", grid)
             context.log.image(step, "samples", grid)
