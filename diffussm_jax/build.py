@@ -153,7 +153,8 @@ class Parts(DataParts):
 
     @property
     def _num_grid_columns(self) -> int:
-        return min(max(self.config.data.num_classes, 1), _MAX_GRID_COLUMNS)
+        num_columns = self.config.data.num_classes or self.config.sampling.num_grid_rows  # a square without classes
+        return min(num_columns, _MAX_GRID_COLUMNS)
 
     def _draw_grid(self, params, key: jax.Array) -> np.ndarray:
         """Images of a grid with a class in each column, and other conditions at their example values."""

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -11,9 +13,23 @@ from diffussm_jax import registry
 from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers, make_decoder
 from diffussm_jax.data.card import check_card, read_card
 from diffussm_jax.data.codec import Codec, latent_codec, pixel_codec
+from diffussm_jax.data.holdout import Subset, held_out
 from diffussm_jax.data.loader import Loader, Records
 from diffussm_jax.data.pixels import Pixels
 from diffussm_jax.parallel.mesh import local_rows, make_mesh
+
+
+def open_data(data: ConfigDict, split: str) -> Any:
+    """The source of a split of `config.data`: images, or records of latents.
+
+    Raises:
+      ValueError: there is no path, or the data are damaged.
+      FileNotFoundError: there are no such data.
+    """
+    open_split = registry.factory("source", data.source, data, path=data.path, split=split)
+    if "path" in open_split.keywords and not data.path:
+        raise ValueError(f"config.data.source = {data.source!r} needs a path: give --config.data.path=...")
+    return open_split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,31 +62,65 @@ class DataParts:
         """Whether the data are latents of an autoencoder, not images."""
         return getattr(registry.component("source", self.config.data.source), "holds_latents", False)
 
-    def records(self, split: str, *, is_cropped: bool = True) -> Records:
-        """One split of the data; images cropped, or as large as they are.
+    def _open(self, split: str) -> Any:
+        """The source of a split, which fits the config.
 
         Raises:
-          ValueError: the data do not fit the config; both values are named.
+          ValueError: it does not; both values are named. Or as `open_data`.
           FileNotFoundError: there are no such data.
         """
-        data = self.config.data
-        open_split = registry.factory("source", data.source, data, path=data.path, split=split)
-        if "path" in open_split.keywords and not data.path:
-            raise ValueError(f"config.data.source = {data.source!r} needs a path: give --config.data.path=...")
-        source = open_split()
+        data, source = self.config.data, open_data(self.config.data, split)
         if self.has_latents:
             check_card(source.card, data.to_dict(), data.path)
-            return source
-        if data.num_classes not in (0, len(source.class_names)):
+        elif data.num_classes not in (0, len(source.class_names)):
             raise ValueError(
                 f"config.data.num_classes = {data.num_classes}, but {source.description} has "
                 f"{len(source.class_names)} classes (0 trains without them)"
             )
-        return Pixels(source, data.image_size, data.num_channels, is_cropped=is_cropped)
+        return source
+
+    def _records(self, source: Any, *, is_cropped: bool = True) -> Records:
+        """The records of a source; images cropped, or as large as they are."""
+        data = self.config.data
+        return source if self.has_latents else Pixels(source, data.image_size, data.num_channels, is_cropped=is_cropped)
+
+    @functools.cached_property
+    def _train_source(self) -> Any:
+        """The source of `config.data.split`, with what is held out of it."""
+        return self._open(self.config.data.split)
+
+    @functools.cached_property
+    def _is_held_out(self) -> np.ndarray:
+        """[len(_train_source)] bool."""
+        return held_out(self._train_source, self.config.data.holdout)
 
     @functools.cached_property
     def train_records(self) -> Records:
-        return self.records(self.config.data.split, is_cropped=not self.config.data.random_crop)
+        """What is trained on."""
+        source, is_cropped = self._train_source, not self.config.data.random_crop
+        if self.config.data.holdout:
+            source = Subset(source, np.flatnonzero(~self._is_held_out))
+        return self._records(source, is_cropped=is_cropped)
+
+    @functools.cached_property
+    def eval_records(self) -> Records | None:
+        """The held-out data, if there are any: a split of their own, or a part of the split that is trained on.
+
+        Raises:
+          ValueError: their classes are not those of `train_records`.
+        """
+        data = self.config.data
+        if data.holdout:
+            return self._records(Subset(self._train_source, np.flatnonzero(self._is_held_out)))
+        if not data.eval_split:
+            return None
+        source, training = self._open(data.eval_split), self._train_source
+        if source.class_names != training.class_names:
+            raise ValueError(
+                f"the classes of split {data.split!r} are {training.class_names}, those of {data.eval_split!r} are "
+                f"{source.class_names}: their labels do not agree"
+            )
+        return self._records(source)
 
     def _loader(self, records: Records, seed: int | None, augment: Callable | None = None) -> Loader:
         rows = local_rows(self.mesh, self.config.batch_size)
@@ -85,17 +135,8 @@ class DataParts:
 
     @functools.cached_property
     def eval_loader(self) -> Loader | None:
-        """The held-out data, if there are any."""
-        data = self.config.data
-        if not data.eval_split:
-            return None
-        held_out, training = self.records(data.eval_split), self.train_records
-        if held_out.class_names != training.class_names:
-            raise ValueError(
-                f"the classes of split {data.split!r} are {training.class_names}, those of {data.eval_split!r} are "
-                f"{held_out.class_names}: their labels do not agree"
-            )
-        return self._loader(held_out, None)
+        """Batches of `eval_records`."""
+        return None if self.eval_records is None else self._loader(self.eval_records, None)
 
     @functools.cached_property
     def codec(self) -> Codec:

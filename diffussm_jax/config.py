@@ -28,6 +28,8 @@ from diffussm_jax.training.optimizer import DECAYS
 
 # Channels that classifier-free guidance acts on, by the values of config.sampling.guided_channels.
 GUIDED_CHANNELS = {"all": None, "first_three": 3}
+FROM_DATA = -1  # in place of a number of config.data: found in the data when training starts (`data_config`)
+AUTO_SPLIT = "auto"  # likewise in place of a split
 MAX_SEED = 2**32 - 1  # JAX's keys are made of 32 bits unless it computes with 64
 
 
@@ -36,6 +38,7 @@ class General:
     """Keys of the config itself."""
 
     seed: Annotated[int, Range(0, MAX_SEED)] = 0
+    init_from: str = ""  # initial weights (`finetune`): the WORKDIR[:STEP] of another run, or an export; "": fresh
     batch_size: Annotated[int, Range(1)] = 256  # global, over all devices
     num_steps: Annotated[int, Range(1)] = 400_000
     log_every: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 100
@@ -57,6 +60,7 @@ class Data:
     path: Annotated[str, CHANGEABLE_ON_RESUME] = ""  # of "images" (see data.sources.open_source) and "latents"
     split: str = "train"
     eval_split: Annotated[str, CHANGEABLE_ON_RESUME] = "eval"  # held out; "": none
+    holdout: Annotated[float, Range(0, 0.5)] = 0.0  # fraction of `split` that is held out, by a hash of the keys
     image_size: Annotated[int, Range(1)] = 8  # pixels
     num_channels: Annotated[int, Range(1)] = 1  # of what the model sees: pixels or latents
     num_classes: Annotated[int, Range(0)] = 10  # 0: unconditional
@@ -282,11 +286,10 @@ def apply_size(config: ConfigDict, size: str) -> None:
     config.model.update(DIFFUSSM_SIZES[size])
 
 
-def use_latents(config: ConfigDict, *, vae: str = "stabilityai/sd-vae-ft-ema") -> None:
-    """Sets the data to latents of the f8, 4-channel autoencoder of latent diffusion, nothing held out."""
+def use_latents(config: ConfigDict, *, vae: str = "stabilityai/sd-vae-ft-ema", holdout: float = 0.002) -> None:
+    """Sets the data to latents of the f8, 4-channel autoencoder of latent diffusion, a fraction `holdout` held out."""
     choose(config, "data.source", "latents")
-    config.data.update(num_channels=4, downsampling=8, scaling_factor=0.18215, vae=vae, eval_split="")
-    config.eval_every = 0
+    config.data.update(num_channels=4, downsampling=8, scaling_factor=0.18215, vae=vae, eval_split="", holdout=holdout)
 
 
 def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:

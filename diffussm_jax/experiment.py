@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 
 from diffussm_jax.build import Parts
 from diffussm_jax.config import complete, to_plain
+from diffussm_jax.data_config import complete_from_data
+from diffussm_jax.finetune import starting_from
 from diffussm_jax.training.checkpoint import Best
 from diffussm_jax.training.loop import Experiment
 from diffussm_jax.validation import check_same_experiment, validate
@@ -19,7 +21,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
       ValueError: the config is wrong (`validation.validate`), or its data do not fit it.
       FileNotFoundError: its data cannot be had.
     """
-    config = complete(copy.deepcopy(config).unlock())
+    config, _ = complete_from_data(complete(copy.deepcopy(config).unlock()))
     validate(config, jax.device_count())
     plain = to_plain(config)
     parts = Parts(config, has_decoder=config.sample_every > 0)
@@ -31,7 +33,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     return Experiment(
         train_loader=parts.train_loader,  # first: data that are not there should be found before an autoencoder is read
         hooks=parts.hooks,
-        task=parts.task,
+        task=starting_from(parts.task, config) if config.init_from else parts.task,
         num_steps=config.num_steps,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,

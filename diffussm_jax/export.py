@@ -33,7 +33,7 @@ _DRY_RUN = flags.DEFINE_bool(
 def export(run: Run, out: epath.PathLike) -> epath.Path:
     """Writes model.safetensors, config.json and README.md. The weights are last, so that an export is whole.
 
-    The config keeps no path of the data.
+    The config keeps no path of the data, or of the run that it started from.
 
     Raises:
       FileExistsError: the folder holds an export.
@@ -42,7 +42,7 @@ def export(run: Run, out: epath.PathLike) -> epath.Path:
     if (out / WEIGHTS).exists():
         raise FileExistsError(f"{out} holds an export already; choose another --out")
     config = run.config.copy_and_resolve_references()
-    config.data.path = ""
+    config.data.path = config.init_from = ""
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / CONFIG_NAME, json.dumps(to_plain(config), indent=2))
     write_whole(out / CARD, model_card(run))

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from diffussm_jax import cli
 from diffussm_jax.build import Parts
+from diffussm_jax.data_config import complete_from_data
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.parallel.mesh import make_mesh, platform_of
 from diffussm_jax.training.loop import train
@@ -83,8 +84,11 @@ def main() -> int:
     cli.join_hosts(_DISTRIBUTED.value)
     cli.keep_freed_memory()
     cli.use_compilation_cache(_COMPILATION_CACHE.value)
-    validate(config, jax.device_count())
     is_first_process = jax.process_index() == 0
+    config, found = complete_from_data(config)
+    if found and is_first_process:
+        print("\n".join(found), flush=True)
+    validate(config, jax.device_count())
     if is_first_process:
         print(describe(config), flush=True)
     stopped_by = train(

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from diffussm_jax import cli, registry
 from diffussm_jax.build import Parts
 from diffussm_jax.config import override
+from diffussm_jax.data_config import complete_from_data
 from diffussm_jax.models import Costs
 from diffussm_jax.parallel.hlo import Collective, collectives
 from diffussm_jax.parallel.mesh import make_mesh
@@ -333,6 +334,7 @@ def main() -> int:
         raise app.UsageError("give --config=configs/imagenet256.py:XL (or another file of configs/) and --topology=...")
     jax.config.update("jax_platforms", "cpu")  # leaves this computer's accelerator free
     machine = parse_machine(_TOPOLOGY.value)
+    config, _ = complete_from_data(config)
     figures = {"mfu": _MFU.value}
     figures["num_images"] = _IMAGES.value or _PAPER_IMAGES.get(config.data.image_size, _DEFAULT_IMAGES)
     change: dict[str, object] = {}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffussm_jax import config as config_lib
@@ -178,6 +179,7 @@ def load_run(
     ema_sigma: float | None = None,
     vae: str | None = None,
     has_decoder: bool = True,
+    mesh: Mesh | None = None,
     **sampling,
 ) -> Run:
     """Opens a run, with the averaged weights of a checkpoint.
@@ -189,6 +191,7 @@ def load_run(
         the checkpoint's own average if None.
       vae: a diffusers folder or repository of the autoencoder that decodes latents; the config's if None.
       has_decoder: whether latents will be decoded to images; if not, no autoencoder is needed.
+      mesh: the devices, each of which gets all parameters; if None, all devices.
       **sampling: other values for keys of `config.sampling`.
 
     Raises:
@@ -199,7 +202,7 @@ def load_run(
     config.data.vae = vae or config.data.vae
     config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     validate(config)
-    mesh = make_mesh()
+    mesh = mesh or make_mesh()
     parts = Parts(config, mesh, has_decoder)
     if not parts.trains_model:
         raise ValueError(f"the task {config.task.name!r} of {workdir} trains no model that could be sampled from")

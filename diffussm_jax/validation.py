@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from diffussm_jax import config as config_lib
 from diffussm_jax import migrations, registry
 from diffussm_jax.build import Parts
+from diffussm_jax.data_config import left_to_data
 from diffussm_jax.diffusion import check_guidance
 from diffussm_jax.options import Option, flatten, options_of
 from diffussm_jax.parallel.mesh import mesh_shape
@@ -50,6 +51,11 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     """
     config_lib.import_modules(config)
     config = config_lib.complete(copy.deepcopy(config).unlock())
+    if left := left_to_data(config):
+        raise ValueError(
+            "these values are found in the data when training starts, and must be given here: "
+            + ", ".join(f"config.{key}" for key in left)
+        )
     known, values = known_options(config), flatten(config)
     values = {key: value for key, value in values.items() if not isinstance(value, ConfigDict)}  # empty groups
     _check_keys(config, values, known)
@@ -74,8 +80,15 @@ def _check_keys(config: ConfigDict, values: Mapping, known: Mapping) -> None:
 
 def _check_combinations(config: ConfigDict, num_devices: int) -> None:
     data, sampling = config.data, config.sampling
-    if config.eval_every and not data.eval_split:
-        raise ValueError("config.eval_every needs held-out data: set config.data.eval_split, or eval_every to 0")
+    if config.eval_every and not (data.eval_split or data.holdout):
+        raise ValueError(
+            "config.eval_every needs held-out data: set config.data.eval_split or holdout, or eval_every to 0"
+        )
+    if data.eval_split and data.holdout:
+        raise ValueError(
+            f"config.data.holdout = {data.holdout} holds out a part of the split {data.split!r}, and eval_split = "
+            f"{data.eval_split!r} is held out already: set holdout to 0 or eval_split to ''"
+        )
     if data.image_size % data.downsampling:
         raise ValueError(
             f"config.data.image_size = {data.image_size} is not a multiple of "

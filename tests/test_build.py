@@ -84,7 +84,7 @@ def _latent_config(latents, vae):
     config = _shorten(load_config(f"{CONFIGS}/cifar10_latent.py"))
     config.data.path, config.data.vae = str(latents), str(vae)
     config.data.num_classes, config.data.downsampling = 2, 2
-    config.data.eval_split = "test"
+    config.data.eval_split, config.data.holdout = "test", 0.0
     return config
 
 

@@ -31,6 +31,8 @@ DATA = Path(__file__).parent / "data_of_c3000c3"
 SPEED = ("images_per_second", "step_ms", "compute_ms", "data_wait", "peak_memory_gb", "mfu")
 # What is new since, and reproduces the old behaviour.
 ADDED = {
+    "init_from": "",
+    "data.holdout": 0.0,
     "task.name": "diffusion",
     "model.mixer.name": "s4d",
     "model.mixer.dt_min": 1e-3,

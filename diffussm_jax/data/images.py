@@ -172,6 +172,9 @@ class _Files:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def key(self, index: int) -> str:
+        return self._keys[index]
+
     def __getitem__(self, index: int) -> Example:
         key = self._keys[index]
         try:

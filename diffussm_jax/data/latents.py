@@ -286,6 +286,10 @@ class Latents:
     def __len__(self) -> int:
         return self.card["num_records"]
 
+    def key(self, index: int) -> str:
+        """The record's number. Its image's name is in the record, and reading all of them would take too long."""
+        return str(index)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         try:
             record = self._records[int(index)]

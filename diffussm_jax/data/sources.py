@@ -51,6 +51,9 @@ class Source(Protocol):
     `class_names` is empty if there are no labels. `description` is a short text without absolute paths.
     `fingerprint()`, SHA-256 in hex, changes with the items, so that a resumed job detects changed data. An item that
     cannot be read or decoded raises `BrokenImage`.
+
+    A source may have a method `key(index) -> str` too, which gives an item's key without reading the item.
+    `config.data.holdout` needs it.
     """
 
     class_names: tuple[str, ...]
@@ -127,8 +130,11 @@ class Digits:
     def __len__(self) -> int:
         return len(self._images)
 
+    def key(self, index: int) -> str:
+        return str(index)
+
     def __getitem__(self, index: int) -> Example:
-        return Example(self._images[index], int(self._labels[index]), str(index))
+        return Example(self._images[index], int(self._labels[index]), self.key(index))
 
     def fingerprint(self) -> str:
         return fingerprint([self._images.tobytes(), self._labels.tolist()])
@@ -161,8 +167,11 @@ class LSUN:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def key(self, index: int) -> str:
+        return self._keys[index].decode("ascii", "backslashreplace")
+
     def __getitem__(self, index: int) -> Example:
-        key = self._keys[index].decode("ascii", "backslashreplace")
+        key = self.key(index)
         try:
             with self._environment.begin() as transaction:
                 data = transaction.get(self._keys[index])
@@ -232,8 +241,11 @@ class TFDS:
     def __len__(self) -> int:
         return len(self._records)
 
+    def key(self, index: int) -> str:
+        return str(index)
+
     def __getitem__(self, index: int) -> Example:
-        key = str(index)
+        key = self.key(index)
         try:
             record = self._records[index]
         except OSError:

@@ -6,6 +6,7 @@ All randomness of step s comes from fold_in(key(seed), s): augmentation, times, 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ class DiffusionTask:
       max_skipped_steps: more steps in a row with a loss or gradient that is not finite end the run.
       seed: of all randomness.
       mesh: the devices.
+      initialize: (fresh parameters) -> those that training starts from; if None, the fresh ones.
     """
 
     model: Backbone
@@ -56,13 +58,23 @@ class DiffusionTask:
     max_skipped_steps: int
     seed: int
     mesh: Mesh
+    initialize: Callable[[Any], Any] | None = None
 
     def create_state(self) -> TrainState:
         """The state before the first step, laid over the mesh."""
-        return jax.jit(self._create, out_shardings=self._layout)()
+        if self.initialize is None:
+            return jax.jit(self._create, out_shardings=self._layout)()
+        params = self.initialize(jax.jit(self._init_params, out_shardings=self._layout.params)())
+        return jax.jit(self._with_params, out_shardings=self._layout)(params)
+
+    def _init_params(self):
+        return self.model.init_params(self.input_shape, self.seed)
+
+    def _with_params(self, params) -> TrainState:
+        return create_state(params, self.optimizer, self.ema)
 
     def _create(self) -> TrainState:
-        return create_state(self.model.init_params(self.input_shape, self.seed), self.optimizer, self.ema)
+        return self._with_params(self._init_params())
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:

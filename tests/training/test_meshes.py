@@ -20,8 +20,13 @@ def digits_flags(num_steps=50):
 
 
 @pytest.fixture(scope="session")
-def on_one_device(tmp_path_factory):
-    found = run(tmp_path_factory.mktemp("one_device"), *digits_flags())
+def one_device_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("one_device")
+
+
+@pytest.fixture(scope="session")
+def on_one_device(one_device_folder):
+    found = run(one_device_folder, *digits_flags())
     assert found[-1] < 0.8 * found[0]
     return found
 
@@ -52,6 +57,15 @@ def test_two_processes_train_alike_and_stop_together(on_one_device, tmp_path):
     assert "Stopped by SIGTERM, saved" in (tmp_path / "output_0").read_text()
     assert_same_losses(run(tmp_path, *flags, **options), on_one_device)
     assert f"checkpoint of step {stopped_at}" in (tmp_path / "output_0").read_text()
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_alike_in_two_processes(on_one_device, one_device_folder, tmp_path):
+    flags = (*digits_flags(5), f"--config.init_from={one_device_folder / 'run'}")
+    expected = run(tmp_path / "one", *flags)
+    assert expected[0] < 0.8 * on_one_device[0]
+    found = run(tmp_path / "many", *flags, *mesh_flags(2, 2, 2), num_devices=4, num_processes=2)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.slow
