@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Shared functions of the scripts in this folder. Source it, do not run it.
 #
-# A script declares `flag` (flags and defaults) and `switches` (flags without a value), and calls parse_flags. That sets
-# `program` to train or precompute, and `program_flags` to the arguments after it.
+# A script declares `flag` (flags and defaults), `switches` (flags without a value) and, unless they are train and
+# precompute, its two `commands`. It calls parse_flags, which sets `program` to the command, and `program_flags` to
+# the arguments after it.
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION" >&2
@@ -10,7 +11,7 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 declare -A flag
-switches="" program="" program_flags=() stopped=""
+commands=(train precompute) switches="" program="" program_flags=() stopped=""
 
 die() { # MESSAGE: an error in the input
   printf 'error: %s\n' "$*" >&2
@@ -44,13 +45,13 @@ parse_flags() { # ARGUMENTS...
         usage
         exit 0
         ;;
-      train | precompute)
+      "${commands[0]}" | "${commands[1]}")
         program=$1 program_flags=("${@:2}")
         return
         ;;
       --*)
         [[ $name =~ ^[a-z_]+$ && -v flag[$name] ]] ||
-          die "unknown flag '$1'; allowed are $allowed, then train or precompute"
+          die "unknown flag '$1'; allowed are $allowed, then ${commands[0]} or ${commands[1]}"
         if [[ " $switches " == *" $name "* ]]; then
           [[ $1 != *=* ]] || die "--$name takes no value, got '$1'"
           flag[$name]=1
@@ -59,11 +60,11 @@ parse_flags() { # ARGUMENTS...
           flag[$name]=${1#*=}
         fi
         ;;
-      *) die "unknown command '$1'; allowed are train and precompute" ;;
+      *) die "unknown command '$1'; allowed are ${commands[0]} and ${commands[1]}" ;;
     esac
     shift
   done
-  die "no command is given; allowed are train and precompute, with their flags behind them"
+  die "no command is given; allowed are ${commands[0]} and ${commands[1]}"
 }
 
 check() { # NAME REGEX ALLOWED: checks the value of a flag

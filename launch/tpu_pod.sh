@@ -10,6 +10,7 @@
 #   --accelerator_type=TYPE     such as v4-32, v5litepod-16, v5p-8 or v6e-16; not with --existing
 #   --runtime_version=VERSION   image of the machines; default: Google's image for the type
 #   --project=PROJECT           default: gcloud's project
+#   --service_account=ADDRESS   of the slice; default: the project's Compute Engine account; not with --existing
 #   --spot                      requests a Spot slice: cheaper, may be preempted, is then deleted and requested again
 #   --existing                  uses the existing slice NAME, and neither creates nor deletes a slice
 #   --keep                      keeps the slice at the end
@@ -27,15 +28,15 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-flag=([name]="" [zone]="" [accelerator_type]="" [runtime_version]="" [project]="" [spot]="" [existing]="" [keep]=""
-  [extras]="tpu,gcs,hub" [max_restarts]=10 [grace]=120 [poll]=30 [log]="" [dry_run]="")
+flag=([name]="" [zone]="" [accelerator_type]="" [runtime_version]="" [project]="" [service_account]="" [spot]=""
+  [existing]="" [keep]="" [extras]="tpu,gcs,hub" [max_restarts]=10 [grace]=120 [poll]=30 [log]="" [dry_run]="")
 switches="spot existing keep dry_run"
 parse_flags "$@"
 check name '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' "lower-case letters, digits and hyphens, beginning with a letter"
 check zone '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone such as us-central2-b"
 [[ -z ${flag[project]} ]] || check project '([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]' "the ID of a project"
 if [[ -n ${flag[existing]} ]]; then
-  for name in accelerator_type runtime_version spot; do
+  for name in accelerator_type runtime_version service_account spot; do
     [[ -z ${flag[$name]} ]] || die "--$name does not go with --existing, which makes no slice"
   done
 else
@@ -50,6 +51,8 @@ else
   flag[runtime_version]=${flag[runtime_version]:-$version}
   check runtime_version 'tpu-ubuntu[0-9]+-base|v[0-9]+(-alpha)?-tpuv[0-9][a-z0-9-]*' \
     "an image without a framework, such as tpu-ubuntu2204-base or v2-alpha-tpuv6e"
+  [[ -z ${flag[service_account]} ]] || check service_account '[a-z0-9-]+@[a-z0-9.-]+\.gserviceaccount\.com' \
+    "the address of a service account, such as trainer@my-project.iam.gserviceaccount.com"
 fi
 check extras '[a-z0-9]+(,[a-z0-9]+)*' "extras of the package, separated by commas"
 check_number max_restarts
@@ -129,6 +132,7 @@ create() {
   local before=""
   local command=("${queue[@]}" create "$name" "--node-id=$name" "--accelerator-type=${flag[accelerator_type]}"
     "--runtime-version=${flag[runtime_version]}" "${place[@]}")
+  [[ -z ${flag[service_account]} ]] || command+=("--service-account=${flag[service_account]}")
   [[ -z ${flag[spot]} ]] || command+=(--spot)
   if [[ -n ${flag[dry_run]} ]]; then
     quoted "${command[@]}"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ["local.sh", "tpu_pod.sh", "slurm.sh", "gke.sh"]
 TOOLS = (
     "bash env sh git sed sort paste awk grep tr date dirname cat tail tee touch rm mkdir mv cp sleep tar gzip wc head "
-    "flock setsid true"
+    "flock setsid true du"
 ).split()
 
 TRAIN = ["train", "--config=configs/imagenet256.py:XL", "--workdir=gs://bucket/runs/a"]
@@ -38,6 +38,7 @@ FLAGS = {"local.sh": ["--pause=0.05"], "tpu_pod.sh": NEW, "slurm.sh": [], "gke.s
 # that is named for the question; the last line is given again and again.
 FAKE = r"""#!/usr/bin/env bash
 name=${0##*/}
+[[ "$*" != "-c "*runpy* ]] || exec "$PYTHON" "$@" # wheelhouse.sh reads setup.py
 printf '%s\n' "$name $*" >> "$FAKE/calls"
 answer() { # QUESTION DEFAULT
   local file=$FAKE/$1
@@ -102,6 +103,13 @@ case "$name $*" in
   kubectl*) cat > "$FAKE/applied" && exit "$(answer kubectl 0)" ;;
   *"-m venv "*) mkdir -p "${*: -1}/bin" && cp "$0" "${*: -1}/bin/python" ;;
   *"-m uv venv "*) mkdir -p "${*: -1}/bin" && cp "$0" "${*: -1}/bin/python" ;;
+  *" -c "*version_info*) answer version 3.12 ;;
+  *" -c import diffussm_jax"*) exit "$(answer import 0)" ;;
+  *"-m pip wheel "*) touch "${6#--wheel-dir=}/diffussm_jax-0.1.0-py3-none-any.whl" ;;
+  *"-m pip download "*)
+    while read -r wheel; do touch "${4#--dest=}/$wheel"; done < "$FAKE/wheels"
+    exit "$(answer pip 0)"
+    ;;
   *"-m pip "*) exit "$(answer pip 0)" ;;
   *"-m diffussm_jax"*)
     echo "this is worker ${WORKER:-none}"
@@ -125,6 +133,7 @@ class Fakes:
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.add("gcloud", "sbatch", "srun", "scontrol", "kubectl", "python3", "hostname")
         self.env = {"PATH": str(self.bin), "FAKE": str(folder), "HOME": str(folder), "SLURM_JOB_ID": "42"}
+        self.env["PYTHON"] = sys.executable
 
     def add(self, *names):
         for name in names:
@@ -177,7 +186,10 @@ def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     for name in ("launch", "configs"):
         shutil.copytree(ROOT / name, folder / name)
-    shutil.copy(ROOT / "setup.py", folder)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "diffussm_jax").mkdir()
+    (folder / "diffussm_jax" / "__init__.py").touch()
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", folder]
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"]):
         subprocess.run([*git, *command], check=True)
@@ -256,6 +268,7 @@ BAD = [
     ("tpu_pod.sh", ["--accelerator_type=v5p", *TRAIN], "got 'v5p'"),
     ("tpu_pod.sh", ["--runtime_version=tpu-vm-tf-2.17.0", *TRAIN], "--runtime_version must be an image without"),
     ("tpu_pod.sh", ["--project=X", *TRAIN], "--project must be the ID of a project, got 'X'"),
+    ("tpu_pod.sh", ["--service_account=trainer", *TRAIN], "--service_account must be the address of a service account"),
     ("tpu_pod.sh", ["--existing", *TRAIN], "--accelerator_type does not go with --existing"),
     ("tpu_pod.sh", ["--log=no/folder/a.log", *TRAIN], "there is no folder"),
     ("slurm.sh", [*TRAIN[:2], "--workdir=runs/a"], "--workdir must be gs://BUCKET/FOLDER or an absolute path"),
@@ -308,7 +321,9 @@ def without_id(line):
 
 def test_pod_makes_a_slice_runs_and_deletes_it(fakes):
     fakes.answer(queue=["NOT_FOUND", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
-    arguments = [*NEW, "--spot", "--project=my-project", *TRAIN, "--config.name=it's a $HOME"]
+    account = "trainer@my-project.iam.gserviceaccount.com"
+    arguments = [*NEW, "--spot", "--project=my-project", f"--service_account={account}"]
+    arguments += [*TRAIN, "--config.name=it's a $HOME"]
     code, output = fakes.run("tpu_pod.sh", *arguments)
     assert code == 0, output
     assert fakes.kinds() == "ask create ask ask ask node scp install run delete"
@@ -316,8 +331,10 @@ def test_pod_makes_a_slice_runs_and_deletes_it(fakes):
     made = [call for call in fakes.calls if "create" in call]
     assert made == [
         "gcloud compute tpus queued-resources create slice --node-id=slice --accelerator-type=v4-16 "
-        "--runtime-version=tpu-ubuntu2204-base --zone=us-central2-b --quiet --project=my-project --spot"
+        "--runtime-version=tpu-ubuntu2204-base --zone=us-central2-b --quiet --project=my-project "
+        f"--service-account={account} --spot"
     ]
+    assert all("--zone=us-central2-b --quiet --project=my-project" in call for call in fakes.calls)
     run = next(call for call in fakes.calls if "tpu_worker.sh run" in call)
     assert "compute tpus tpu-vm ssh slice --worker=all --zone=us-central2-b --quiet --project=my-project" in run
     words = shlex.split(run.split("--command=")[1])  # as the shell of a worker reads them
@@ -711,3 +728,129 @@ def test_gke_without_spot_and_with_envsubst_names(fakes):
 def test_gke_returns_kubectls_failure(fakes):
     fakes.answer(kubectl=[7])
     assert fakes.run("gke.sh", *GKE, *TRAIN)[0] == 7
+
+
+# wheelhouse.sh
+
+WHEELS = ["jax-0.10.2-py3-none-any.whl", "grain-0.2.18-cp313-cp313-manylinux_2_24_x86_64.whl"]
+WHEELS += ["ml_collections-1.1.0-py3-none-any.whl", "tensorboardx-2.6.5-py3-none-any.whl"]
+OWN = "diffussm_jax-0.1.0-py3-none-any.whl"
+
+
+def without_quotes(output):
+    return [" ".join(shlex.split(line)) for line in output.splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", ["collect", "install"])
+def test_wheelhouse_help_lists_every_flag(fakes, command):
+    code, output = fakes.run("wheelhouse.sh", "--help", command)
+    assert code == 0 and "[FLAGS] collect" in output and "[FLAGS] install" in output
+    code, error = fakes.run("wheelhouse.sh", "--no_such_flag", command)
+    allowed = re.findall(r"--\w+", error.split("allowed are")[1])
+    assert code == 2 and len(allowed) > 3 and all(re.search(rf"^#? +{name}\b", output, re.M) for name in allowed)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no command is given; allowed are collect and install"),
+        (["train"], "unknown command 'train'; allowed are collect and install"),
+        (["collect", "--python=3.12"], "'--python=3.12' stands behind collect; flags stand before it"),
+        (["--venv=a", "collect"], "unknown flag '--venv=a'"),
+        (["--python=3.12", "install"], "unknown flag '--python=3.12'"),
+        (["--python=3.10", "collect"], "--python must be a version from 3.11 on, such as 3.12, got '3.10'"),
+        (["--platform=win_amd64", "collect"], "--platform must be manylinux_2_NUMBER_x86_64"),
+        (["--extra=cuda12,cuda11", "collect"], "--extra must be none, or some of bench, cuda12, cuda13"),
+        (["--without=torch", "collect"], "--without must be none, or some of absl-py, array-record, clu"),
+        (["--have=no", "collect"], "--have: there is no file 'no'"),
+        (["--have=freeze", "collect"], "--have: '-e git+https://host/jax' is neither NAME==VERSION nor NAME"),
+        (["--interpreter=python9", "collect"], "--interpreter: python9 is not on the PATH"),
+        (["--folder=bin", "collect"], "--folder: 'bin' is there already"),
+        (["--folder=no", "install"], "--folder: there is no folder 'no'"),
+        (["--folder=bin", "--venv=bin", "install"], "--venv: 'bin' is there, but has no bin/python"),
+        (["--folder=bin", "--interpreter=python9", "install"], "python9 is not on the PATH"),
+    ],
+)
+def test_wheelhouse_refuses_bad_input_before_it_does_anything(fakes, arguments, message):
+    (fakes.folder / "freeze").write_text("numpy==2.4.1\n\n# from source\n-e git+https://host/jax\n")
+    before = sorted(fakes.folder.iterdir())
+    code, output = fakes.run("wheelhouse.sh", *arguments)
+    assert code == 2 and output.startswith("error: ") and message in output
+    assert fakes.calls == [] and sorted(fakes.folder.iterdir()) == before
+
+
+def test_wheelhouse_collects_what_the_other_machine_lacks(fakes):
+    fakes.answer(wheels=WHEELS, version=["3.13"])
+    (fakes.folder / "have").write_text("jax==0.10.2\nTensorBoardX\nml.collections==1.1.0\ndiffussm_jax==0.0.1")
+    arguments = ["--folder=a folder", "--python=3.13", "--platform=manylinux_2_19_aarch64", "--extra=cuda13,hub"]
+    arguments += ["--have=have", "--without=tensorflow-datasets,clu", "collect"]
+    code, printed = fakes.run("wheelhouse.sh", "--dry_run", *arguments)
+    printed, dry_calls = without_quotes(printed), list(fakes.calls)
+    assert code == 0 and not (fakes.folder / "a folder.partial").exists()
+    (fakes.folder / "calls").unlink()
+
+    code, output = fakes.run("wheelhouse.sh", *arguments)
+    assert code == 0 and "2 wheels, 0 MiB, are in a folder" in output
+    assert sorted(path.name for path in (fakes.folder / "a folder").iterdir()) == [OWN, WHEELS[1], "have.txt"]
+    assert not (fakes.folder / "a folder.partial").exists()
+    wheel, download = [call for call in fakes.calls if call not in dry_calls]
+    assert [line for line in printed if "pip" in line] == [wheel, download]
+    assert printed[-1] == "mv a folder.partial a folder"
+    assert wheel.endswith("-m pip wheel --quiet --no-deps --wheel-dir=a folder.partial a folder.partial/source")
+    platforms = " ".join(f"--platform=manylinux{name}_aarch64" for name in ("_2_19", "_2_18", "_2_17", "2014"))
+    assert f" --only-binary=:all: --implementation=cp --python-version=3.13 {platforms} --constraint=have " in download
+    requirements = download.split("--constraint=have ")[1].split()
+    assert {"jax[cuda13]", "huggingface_hub", "tensorboardX>=2.6"} < set(requirements)
+    assert not [name for name in requirements if name.startswith(("tensorflow", "clu", "lmdb"))]
+
+
+def test_wheelhouse_uses_the_pip_of_the_same_python(fakes):
+    fakes.answer(wheels=WHEELS)
+    fakes.add("python3.13")
+    code, output = fakes.run("wheelhouse.sh", "--python=3.13", "collect")
+    assert code == 0 and "pip of Python 3.12 does not see what only Python 3.13 needs" in output  # what the fake says
+    assert all(call.startswith("python3.13 ") for call in fakes.calls)
+    assert sum(call.endswith("/source promise") for call in fakes.calls) == 1  # of TFDS; it has no wheel
+    assert "--constraint" not in " ".join(fakes.calls)
+    assert not (fakes.folder / "wheelhouse" / "have.txt").exists()
+
+
+def test_wheelhouse_has_its_name_only_when_it_is_complete(fakes):
+    fakes.answer(wheels=WHEELS[:1], pip=[1, 0])
+    code, output = fakes.run("wheelhouse.sh", "collect")
+    assert code == 1 and "the wheels could not be collected" in output
+    assert not (fakes.folder / "wheelhouse").exists()
+    fakes.answer(wheels=WHEELS[1:])
+    assert fakes.run("wheelhouse.sh", "collect")[0] == 0
+    assert {path.name for path in (fakes.folder / "wheelhouse").iterdir()} == {OWN, *WHEELS[1:]}
+
+
+@pytest.mark.parametrize("have", [False, True])
+def test_wheelhouse_installs_without_network_and_local_runs_then(local, have):
+    wheels = local.folder / "wheelhouse"
+    wheels.mkdir()
+    for name in [OWN, *WHEELS, *["have.txt"] * have]:
+        (wheels / name).touch()
+    code, printed = local.run("wheelhouse.sh", "--dry_run", "install")
+    assert code == 0 and local.calls == [] and not (local.folder / ".venv").exists()
+    assert local.run("wheelhouse.sh", "install") == (0, "")
+    paths = " ".join(f"wheelhouse/{name}" for name in sorted([OWN, *WHEELS]))
+    assert local.calls == [
+        f"python3 -m venv {'--system-site-packages ' * have}.venv",
+        f"python -m pip install --quiet --no-index --no-deps {paths}",
+        "python -P -c import diffussm_jax.main",
+    ]
+    commands = without_quotes(printed)
+    assert [line.removeprefix(".venv/bin/") for line in commands if "touch" not in line] == local.calls
+    (local.folder / "calls").unlink()
+    assert local.run("local.sh", *LOCAL)[0] == 0
+    assert [call.split()[2] for call in local.calls] == ["diffussm_jax.main"]
+
+
+def test_wheelhouse_says_if_the_package_cannot_be_imported(fakes):
+    venv_of(fakes)
+    (fakes.folder / "wheelhouse").mkdir()
+    fakes.answer(**{"import": [1]})
+    code, output = fakes.run("wheelhouse.sh", "--venv=venv", "install")
+    assert code == 1 and "the package is installed, but cannot be imported" in output
+    assert "venv" not in fakes.calls[0] and not (fakes.folder / "venv" / "diffussm_jax-none").exists()
