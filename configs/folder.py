@@ -16,10 +16,9 @@ from diffussm_jax.config import AUTO_SPLIT, FROM_DATA, apply_size, default_confi
 def get_config(size="S"):
     config = default_config()
     config.num_steps = 200_000
-    config.eval_every = 2_000
-    config.sample_every = 2_000
-    config.checkpoint_every = 2_000
+    config.eval_every = config.sample_every = config.checkpoint_every = 2_000
     if size == "XS":
+        config.eval_every = config.sample_every = config.checkpoint_every = 500
         config.model.update(width=128, depth=6)
         config.batch_size = 32
         config.optimizer.learning_rate = 1e-3

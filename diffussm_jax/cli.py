@@ -60,8 +60,9 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
         except app.UsageError:
             raise
         except Exception as error:
-            if isinstance(error, ImportError) and "gcsfs" in str(error):
-                print("error: paths gs://... need gcsfs: pip install 'diffussm_jax[gcs]'", file=sys.stderr)
+            if isinstance(error, ImportError) and (found := re.search("gcsfs|s3fs", str(error))):
+                package = {"gcsfs": "'diffussm_jax[gcs]'", "s3fs": "s3fs"}[found[0]]
+                print(f"error: paths of buckets need {found[0]}: pip install {package}", file=sys.stderr)
                 return 1
             traceback.print_exc()
             return CRASHED

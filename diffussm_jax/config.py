@@ -63,7 +63,7 @@ class Data:
     holdout: Annotated[float, Range(0, 0.5)] = 0.0  # fraction of `split` that is held out, by a hash of the keys
     image_size: Annotated[int, Range(1)] = 8  # pixels
     num_channels: Annotated[int, Range(1)] = 1  # of what the model sees: pixels or latents
-    num_classes: Annotated[int, Range(0)] = 10  # 0: unconditional
+    num_classes: Annotated[int, Range(0, 2**31 - 2)] = 10  # 0: unconditional
     random_crop: bool = False  # crops of pixels are placed and scaled at random, as ADM's; else at the centre
     random_flip: bool = False  # mirrors half of the images (latents: always)
     num_threads: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 4  # that read ahead, a batch each
@@ -103,7 +103,7 @@ class Sampling:
     """Keys of `config.sampling`."""
 
     sampler: str = "ddpm"
-    num_steps: Annotated[int, Range(1)] = 250
+    num_steps: Annotated[int, Range(1, 100_000)] = 250
     guidance_scale: Annotated[float, Range(0)] = 1.0  # 1: none
     guided_channels: Annotated[str, Choices(GUIDED_CHANNELS)] = "all"
     guidance_interval: tuple = (0.0, math.inf)  # in t
@@ -260,11 +260,13 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     values = {key: value for key, value in changes.items() if key != "imports" and not is_choice(key)}
     check_keys(values, flatten(config))
     for key, value in values.items():
+        kind = type(flatten(config)[key])
         try:
+            if kind is ConfigDict or isinstance(value, bool) != (kind is bool):
+                raise TypeError("a group, or a truth value for a number")
             config.update_from_flattened_dict({key: value})
-        except TypeError as error:
-            kind = type(flatten(config)[key]).__name__
-            raise ValueError(f"config.{key} must be of type {kind}, got {value!r}") from error
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"config.{key} must be of type {kind.__name__}, got {value!r}") from error
     return config
 
 
@@ -343,7 +345,7 @@ def import_modules(config: Mapping) -> None:
     for name in config.get("imports", ()):
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, TypeError, AttributeError, ValueError) as error:  # the last three for what is no name
             raise ValueError(f"config.imports: the module {name!r} cannot be imported: {error}") from error
 
 
@@ -361,15 +363,28 @@ def to_plain(config: ConfigDict) -> dict:
 
 
 def from_plain(values: dict) -> ConfigDict:
-    """The config that `to_plain` wrote down, in this version or an older one."""
+    """The config that `to_plain` wrote down, in this version or an older one.
+
+    Raises:
+      ValueError: it is damaged, or of a newer version.
+    """
 
     def rich(value):
         if isinstance(value, dict):
             return {k: rich(v) for k, v in value.items()}
         if isinstance(value, list):
-            return tuple(rich(v) for v in value)
-        return math.inf if value == "inf" else value
+            return tuple(math.inf if v == "inf" else rich(v) for v in value)
+        return value
 
-    config = ConfigDict(rich(migrations.migrate(values)))
-    import_modules(config)
-    return complete(config)
+    try:
+        config = ConfigDict(rich(migrations.migrate(values)))
+        import_modules(config)
+        config = complete(config)
+        for path, keys in {"": General, **GROUPS}.items():
+            for name, option in options_of(keys).items():
+                option.check(
+                    f"config.{path}.{name}" if path else f"config.{name}", config[path][name] if path else config[name]
+                )
+    except (AttributeError, KeyError, TypeError) as error:  # a group is missing, or is none
+        raise ValueError(f"the config is damaged: {type(error).__name__}: {error}") from error
+    return config

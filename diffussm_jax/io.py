@@ -19,12 +19,28 @@ import jax
 from etils import epath
 
 _CHUNK_BYTES = 1 << 20
+_SCHEMES = ("gs", "s3")  # of buckets
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what flock gives on file systems that have none
 
 
 def is_bucket(path: epath.PathLike) -> bool:
     """Whether a path is in a bucket."""
     return "://" in os.fspath(path)
+
+
+def check_path(path: str) -> None:
+    """Checks a path of the command line before any work.
+
+    Raises:
+      ValueError: it is not UTF-8, which the libraries that write there need, or is neither local nor in a bucket.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the path {path!r} is not valid UTF-8: choose another name") from error
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme not in _SCHEMES:
+        raise ValueError(f"the path {path!r} must be local, gs://... or s3://...")
 
 
 def partial_path(path: epath.Path) -> epath.Path:
@@ -50,7 +66,7 @@ def read_json(path: epath.Path) -> dict:
         found = json.loads(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__} where an object should be")
-    except ValueError as error:  # of text, too
+    except (ValueError, RecursionError) as error:  # not text, not JSON, or nested without end
         raise ValueError(f"{path} is damaged: {error}") from error
     return found
 

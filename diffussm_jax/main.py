@@ -13,6 +13,7 @@ from diffussm_jax import cli
 from diffussm_jax.build import Parts
 from diffussm_jax.data_config import complete_from_data
 from diffussm_jax.experiment import build_experiment
+from diffussm_jax.io import check_path
 from diffussm_jax.parallel.mesh import make_mesh, platform_of
 from diffussm_jax.training.loop import train
 from diffussm_jax.validation import per_device_microbatch, validate
@@ -80,6 +81,7 @@ def main() -> int:
     config, workdir = _CONFIG.value, _WORKDIR.value
     if config is None or not workdir:
         raise app.UsageError("give --config=configs/digits.py (or another file of configs/) and --workdir=FOLDER")
+    check_path(workdir)
     profile_steps = parse_steps(_PROFILE_STEPS.value)
     cli.join_hosts(_DISTRIBUTED.value)
     cli.keep_freed_memory()

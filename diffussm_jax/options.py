@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 NOT_AN_OPTION = "not an option"
 CHANGEABLE_ON_RESUME = "changeable on resume"
 _MAX_LISTED = 30
+_LARGEST = {int: 2**63 - 1, float: 3.4e38}  # of NumPy's int64 and of float32
 _PLAIN = (bool, int, float, str, tuple)
 
 
@@ -82,6 +83,8 @@ class Option:
         if not low <= value <= high:
             allowed = f"{kind} of at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        if abs(value) > _LARGEST[self.type] and abs(value) != math.inf:
+            raise ValueError(f"{name} must be at most {_LARGEST[self.type]}, got {value!r}")
         if self.type is float and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value!r}")
 

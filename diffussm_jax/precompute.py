@@ -23,6 +23,7 @@ from diffussm_jax.autoencoder import from_diffusers
 from diffussm_jax.data import latents
 from diffussm_jax.data.sources import open_source
 from diffussm_jax.data.transforms import save_png
+from diffussm_jax.io import check_path
 from diffussm_jax.precompute_job import Job, check_finished, draw_reconstructions, precompute
 
 _FLAGS = flags.FlagValues()  # of its own, so that several programs can be imported together
@@ -34,13 +35,15 @@ _SOURCE_SPLIT = flags.DEFINE_string(
     "source_split", "", "Split of the source: a top-level folder (empty: all), or a TFDS split.", flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string("out", None, "Folder of the data set.", flag_values=_FLAGS)
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Pixels after the crop.", lower_bound=1, flag_values=_FLAGS)
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", 256, "Pixels after the crop.", lower_bound=1, upper_bound=8192, flag_values=_FLAGS
+)
 _VAE = flags.DEFINE_string(
     "vae", "stabilityai/sd-vae-ft-ema", "A diffusers folder or repository of an AutoencoderKL.", flag_values=_FLAGS
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Encoder dtype.", flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Images per batch, over all local devices.", lower_bound=1, flag_values=_FLAGS
+    "batch_size", 32, "Images per batch, over all local devices.", lower_bound=1, upper_bound=65536, flag_values=_FLAGS
 )
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Images per shard.", lower_bound=1, flag_values=_FLAGS)
 _MAX_BAD_FRACTION = flags.DEFINE_float(
@@ -64,6 +67,7 @@ def main() -> int:
         raise app.UsageError("give --source=IMAGES and --out=FOLDER")
     if math.isnan(_MAX_BAD_FRACTION.value):  # within any bounds, to absl
         raise ValueError("--max_bad_fraction must be from 0 to 1, got nan")
+    check_path(_OUT.value)
     cli.join_hosts(_DISTRIBUTED.value)
     cli.keep_freed_memory()
     out = epath.Path(_OUT.value)

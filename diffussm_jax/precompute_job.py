@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, weights_hash
 from diffussm_jax.data import latents
+from diffussm_jax.data.card import SHARD, SKIPPED, wrong_keys
 from diffussm_jax.data.images import BrokenImage
 from diffussm_jax.data.names import check_class_names, check_split_name
 from diffussm_jax.data.sources import Source
@@ -67,7 +67,13 @@ class Job:
 
     @property
     def num_shards(self) -> int:
-        return math.ceil(len(self.source) / self.shard_size)
+        return -(-len(self.source) // self.shard_size)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the array that holds a batch: a multiple of the local devices, and few if there are few images."""
+        num_devices = jax.local_device_count()
+        return -(-min(self.batch_size, self.shard_size, len(self.source)) // num_devices) * num_devices
 
     def shard_range(self, shard: int) -> range:
         """The source's items in a shard."""
@@ -77,7 +83,7 @@ class Job:
         """All settings that determine the content of the shards, for the card."""
         size = self.image_size // self.vae.downsampling
         return {
-            "source": self.source.description,
+            "source": _text(self.source.description),
             "source_fingerprint": self.source.fingerprint(),
             "num_images": len(self.source),
             "class_names": [_text(name) for name in self.source.class_names],
@@ -100,7 +106,8 @@ def _differences(before: dict, now: dict) -> list[str]:
     """Lists differing settings. Source and autoencoder are compared by fingerprint, not by name."""
 
     def flat(settings):
-        named = {f"vae.{key}": value for key, value in settings.get("vae", {}).items() if key != "name"}
+        vae = settings.get("vae")
+        named = {f"vae.{key}": value for key, value in vae.items() if key != "name"} if isinstance(vae, dict) else {}
         return named | {key: value for key, value in settings.items() if key not in ("source", "vae")}
 
     before, now = flat(before), flat(now)
@@ -134,7 +141,7 @@ class _Progress:
             note = read_json(self._path(shard))
         except ValueError:
             return None
-        return note if latents.has_shard(self._job.folder, note["shard"]) else None
+        return note if _is_whole(note) and latents.has_shard(self._job.folder, note["shard"]) else None
 
     def finished(self, shard: int, about: dict, skipped: list[dict]) -> None:
         """Records a finished shard."""
@@ -143,6 +150,19 @@ class _Progress:
     def delete(self) -> None:
         """Deletes the records, which the card replaces."""
         self._folder.rmtree()
+
+
+def _is_whole(note: dict) -> bool:
+    """Whether a record of a finished shard has all of its values."""
+    shard, skipped = note.get("shard"), note.get("skipped")
+    if wrong_keys(shard, SHARD | {"sums": list}) or not isinstance(skipped, list):
+        return False
+    try:
+        sums = np.asarray(shard["sums"], np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    is_fine = sums.ndim == 2 and len(sums) == 3 and np.isfinite(sums).all()
+    return bool(is_fine) and not any(wrong_keys(item, SKIPPED) for item in skipped)
 
 
 def make_encoder(job: Job) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
@@ -226,7 +246,7 @@ def _encoded(job: Job, encode, shards: list[int]) -> Iterator[tuple[int, list[_I
         images = [item.image for item in batch if item.image is not None]
         encoded = None
         if images:
-            padding = [np.zeros_like(images[0])] * (job.batch_size - len(images))  # one shape avoids recompilation
+            padding = [np.zeros_like(images[0])] * (job.num_rows - len(images))  # one shape avoids recompilation
             encoded = encode(np.stack(images + padding))
         ahead.append((shard, batch, encoded))
         if len(ahead) > _IN_FLIGHT:

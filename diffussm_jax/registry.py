@@ -77,7 +77,7 @@ def component(kind: str, name: str, key: str = "") -> Any:
     Raises:
       ValueError: there is none; the message lists the names, and names the config key if one is given.
     """
-    if name not in _COMPONENTS[kind]:
+    if not isinstance(name, str) or name not in _COMPONENTS[kind]:
         raise ValueError(f"{f'config.{key}' if key else kind} is {name!r}; choose one of {', '.join(names(kind))}")
     return _COMPONENTS[kind][name]
 

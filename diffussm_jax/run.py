@@ -11,6 +11,7 @@ Configs and checkpoints of older versions are read too.
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,7 +24,7 @@ from diffussm_jax import config as config_lib
 from diffussm_jax.build import Parts
 from diffussm_jax.data.codec import Codec
 from diffussm_jax.diffusion import Prediction
-from diffussm_jax.io import read_json
+from diffussm_jax.io import check_path, read_json
 from diffussm_jax.models import Backbone
 from diffussm_jax.parallel.mesh import make_mesh, replicated
 from diffussm_jax.training.checkpoint import Best, Checkpointer
@@ -166,10 +167,14 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
       FileNotFoundError: the folder holds no run.
       ValueError: the file is damaged, or of a newer version.
     """
+    check_path(os.fspath(workdir))
     path = epath.Path(workdir) / CONFIG_NAME
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_NAME} in it")
-    return config_lib.from_plain(read_json(path))
+    try:
+        return config_lib.from_plain(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_run(

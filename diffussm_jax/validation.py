@@ -60,6 +60,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     values = {key: value for key, value in values.items() if not isinstance(value, ConfigDict)}  # empty groups
     _check_keys(config, values, known)
     for key, option in known.items():
+        if key not in values:
+            raise ValueError(f"config.{key} must be a {option.type.__name__}, and is a group")
         option.check(f"config.{key}", values[key])
     _check_combinations(config, num_devices)
 

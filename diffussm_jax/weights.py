@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -43,7 +44,9 @@ def read_weights(folder: epath.PathLike, like: Any) -> tuple[Any, int]:
         tensors = safetensors.numpy.load(content)
         header = content[8 : 8 + int.from_bytes(content[:8], "little")]
         step = int(json.loads(header)["__metadata__"]["step"])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        if step < 0 or not all(jnp.issubdtype(tensor.dtype, jnp.floating) for tensor in tensors.values()):
+            raise ValueError("a negative step, or tensors that are not of floating-point numbers")
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or no export of a run: {error}") from error
     found = {name: tensor.shape for name, tensor in tensors.items()}
     check_same_shapes(shapes_by_path(like), found, f"{path} does not hold the parameters of this model")

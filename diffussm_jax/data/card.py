@@ -1,6 +1,7 @@
 """The card of a split of latents, card-SPLIT.json: how they were made, and the checksum of each shard."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
@@ -8,9 +9,18 @@ from diffussm_jax.io import read_json
 
 FORMAT_VERSION = 1
 # What a card needs so that its latents can be read.
-_CARD = {"num_records": int, "image_size": int, "latent_shape": list, "class_names": list, "vae": dict, "shards": list}
+_CARD = {
+    "num_records": int,
+    "image_size": int,
+    "latent_shape": list,
+    "class_names": list,
+    "vae": dict,
+    "shards": list,
+    "skipped": list,
+}
 _VAE = {"name": str, "encoder_sha256": str, "scaling_factor": int | float, "dtype": str}
-_SHARD = {"file": str, "file_bytes": int, "num_records": int, "num_bytes": int, "sha256": str}
+SHARD = {"file": str, "file_bytes": int, "num_records": int, "num_bytes": int, "sha256": str}
+SKIPPED = {"index": int, "key": str, "reason": str}
 
 
 def card_name(split: str) -> str:
@@ -45,18 +55,28 @@ def read_card(folder: epath.PathLike, split: str) -> dict:
     return card
 
 
+def wrong_keys(group: Any, kinds: Mapping[str, type]) -> list[str]:
+    """The keys of `kinds` that a value read from JSON lacks, or has with another type. Whole numbers are of 63 bits."""
+
+    def is_of(value, kind):
+        return isinstance(value, kind) and not isinstance(value, bool) and (kind is not int or abs(value) < 2**63)
+
+    return [key for key, kind in kinds.items() if not isinstance(group, dict) or not is_of(group.get(key), kind)]
+
+
 def _check_keys(card: Mapping, path: epath.Path) -> None:
     """Raises ValueError if a key is missing or of another type, or the number of records is not that of the shards."""
 
-    def check(group, keys, where):
-        for key, kind in keys.items():
-            if not isinstance(group, dict) or not isinstance(group.get(key), kind):
-                raise ValueError(f"{path} is damaged: {where}{key} is missing or of another type")
+    def check(group, kinds, where):
+        if wrong := wrong_keys(group, kinds):
+            raise ValueError(f"{path} is damaged: {where}{wrong[0]} is missing or of another type")
 
     check(card, _CARD, "")
     check(card["vae"], _VAE, "vae.")
     for i, shard in enumerate(card["shards"]):
-        check(shard, _SHARD, f"shards[{i}].")
+        check(shard, SHARD, f"shards[{i}].")
+    for i, item in enumerate(card["skipped"]):
+        check(item, SKIPPED, f"skipped[{i}].")
     in_shards = sum(shard["num_records"] for shard in card["shards"])
     if card["num_records"] != in_shards:
         raise ValueError(f"{path} is damaged: num_records is {card['num_records']}, its shards hold {in_shards}")

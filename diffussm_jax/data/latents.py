@@ -21,6 +21,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from diffussm_jax.data.names import check_class_names
 from diffussm_jax.io import file_sha256, is_bucket, partial_path, write_whole
 
 NAME = "latents"
+_RECORD = {"mean", "log_std", "label", "key"}
 _FILENAME_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -145,7 +147,7 @@ def write_card(
     folder, num_records = epath.Path(folder), sum(shard["num_records"] for shard in shards)
     if not num_records:
         raise ValueError(f"all {len(skipped)} images are broken")
-    mean, square, variance = np.sum([shard["sums"] for shard in shards], 0) / num_records
+    mean, square, variance = np.sum(np.array([shard["sums"] for shard in shards], np.float64), 0) / num_records
     card = {
         "format_version": FORMAT_VERSION,
         "split": split,
@@ -279,9 +281,19 @@ class Latents:
             folder = _local_copy(folder, self.card)
         self._folder = folder
         try:
-            self._records = tfds.builder_from_directory(str(folder)).as_data_source(split=split)
+            builder = tfds.builder_from_directory(str(folder))
+            self._check_metadata(builder.info, split)
+            self._records = builder.as_data_source(split=split)
         except Exception as error:
             raise ValueError(f"TFDS cannot read {folder}, split {split!r}: {error}") from error
+
+    def _check_metadata(self, info: Any, split: str) -> None:
+        """Raises ValueError if TFDS's files do not fit the card; TFDS would read other records, or fail at each one."""
+        lengths = [shard["num_records"] for shard in self.card["shards"]]
+        if (found := info.splits[split].shard_lengths) != lengths:
+            raise ValueError(f"dataset_info.json has the shard lengths {found}, the card {lengths}")
+        if missing := _RECORD - set(info.features):
+            raise ValueError(f"features.json lacks {sorted(missing)}")
 
     def __len__(self) -> int:
         return self.card["num_records"]

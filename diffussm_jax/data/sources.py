@@ -24,6 +24,7 @@ from diffussm_jax.data.images import (
     decode_image,
     fingerprint,
 )
+from diffussm_jax.io import check_path, is_bucket
 from diffussm_jax.options import NOT_AN_OPTION
 
 __all__ = [
@@ -82,6 +83,8 @@ def open_source(path: str, split: Annotated[str, NOT_AN_OPTION] = "") -> Source:
         return Digits(split)
     if path.startswith("tfds:"):
         return TFDS(path.removeprefix("tfds:"), split)
+    if is_bucket(path):
+        check_path(path)
     folder, name = epath.Path(path), path.rstrip("/").lower()
     allowed = (
         'allowed are "digits", "tfds:NAME", a folder of images, of an LSUN LMDB (data.mdb) or of a TFDS data set '

@@ -28,7 +28,8 @@ CHECKSUMS = "checksums.json"
 _ABOUT = "about"
 _METRICS = "metrics/metrics"  # Orbax's file of the metrics of a step
 # Orbax writes these after the checksums, when it renames a checkpoint. They are not read.
-_WITHOUT_CHECKSUM = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_METADATA = "_CHECKPOINT_METADATA"
+_WITHOUT_CHECKSUM = (_METADATA, "commit_success.txt")
 _PACKAGES = ("diffussm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # Parts of old checkpoints that are ignored. Up to format 1 the sums of metrics were in the state.
 _RETIRED = ("window/",)
@@ -89,8 +90,23 @@ class Store:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._handlers = {item: ocp.PyTreeCheckpointHandler() for item in items} | {_ABOUT: ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=self._handlers)
+        self._manager = self._make_manager(options)
         self._being_saved: int | None = None
+
+    def _make_manager(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+        def make():
+            return ocp.CheckpointManager(self.directory, options=options, item_handlers=self._handlers)
+
+        try:
+            return make()
+        except Exception as error:  # of any type, for damage in these files, which hold times that nothing needs
+            damaged = list(self.directory.glob(f"*/{_METADATA}"))
+            if not damaged or jax.process_count() > 1:
+                raise
+            print(f"Orbax cannot read {damaged[0].name} of a checkpoint ({error}); it is deleted.", flush=True)
+            for path in damaged:
+                path.unlink()
+            return make()
 
     def steps(self) -> list[int]:
         """All steps, ascending."""
@@ -107,7 +123,7 @@ class Store:
         path = self.directory / str(step) / _METRICS
         try:
             metrics = read_json(path)
-            if not all(isinstance(value, int | float) for value in metrics.values()):
+            if not all(map(_is_number, metrics.values())):
                 raise ValueError(f"{path} holds {metrics!r}, which are no metrics")
         except FileNotFoundError:
             return None
@@ -151,12 +167,14 @@ class Store:
             wanted = {n: s for n, s in sums.items() if items is None or n.partition("/")[0] in (*items, _ABOUT)}
         except (OSError, ValueError) as error:
             return [f"{CHECKSUMS} cannot be read: {error}"]
-        wrong = []
+        found = [name for name in files_below(folder) if name not in (*_WITHOUT_CHECKSUM, CHECKSUMS)]
+        found = [name for name in found if items is None or name.partition("/")[0] in (*items, _ABOUT)]
+        wrong = [f"{name} has no checksum" for name in found if name not in wanted]
         for name, expected in wanted.items():
-            if not (folder / name).exists():
+            if name not in found:
                 wrong.append(f"{name} is missing")
-            elif (found := file_sha256(folder / name)) != expected:
-                wrong.append(f"{name}: SHA-256 is {found}, was {expected}")
+            elif (digest := file_sha256(folder / name)) != expected:
+                wrong.append(f"{name}: SHA-256 is {digest}, was {expected}")
         return wrong
 
     def quarantine(self, step: int) -> epath.Path:
@@ -369,6 +387,11 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for pending writes."""
         self._store.close()
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that fits a float."""
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 1023)
 
 
 def _without_ema(state: Any) -> dict:

@@ -163,7 +163,7 @@ def test_held_out_loss_counts_each_row_once(tiny_run):
     run = load_run(tiny_run)
     parts, task = run.parts, run.parts.task
     loader = parts.eval_loader
-    assert len(parts.records("eval")) == 179 and len(loader) == 23
+    assert len(parts.eval_records) == 179 and len(loader) == 23
 
     @jax.jit
     def losses(params, batch, index):
