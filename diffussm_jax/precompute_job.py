@@ -23,7 +23,7 @@ from tqdm import tqdm
 from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, weights_hash
 from diffussm_jax.data import latents
 from diffussm_jax.data.card import SHARD, SKIPPED, wrong_keys
-from diffussm_jax.data.images import BrokenImage
+from diffussm_jax.data.decoding import BrokenImage, reserve_until_cropped
 from diffussm_jax.data.names import check_class_names, check_split_name
 from diffussm_jax.data.sources import Source
 from diffussm_jax.data.transforms import center_crop, image_grid, to_uint8, to_unit_range
@@ -211,11 +211,12 @@ def _text(name: str) -> str:
 
 def _read(job: Job, index: int) -> _Item:
     try:
-        image, label, key, _ = job.source[index]
+        with reserve_until_cropped(job.image_size):
+            image, label, key, _ = job.source[index]
+            image = center_crop(image, job.image_size).copy()  # it is a view of the scaled image
     except BrokenImage as error:
         key, reason = error.args
         return _Item(index, None, 0, _text(key), _text(str(reason)))
-    image = center_crop(image, job.image_size)
     return _Item(index, image.repeat(3, -1) if image.shape[-1] == 1 else image, label, _text(key), "")
 
 

@@ -8,7 +8,6 @@ transposed: convolutions from [out, in, height, width] to [height, width, in, ou
 import functools
 import hashlib
 import json
-import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -50,6 +49,9 @@ _SUPPORTED = {
     "latents_std": (None,),
 }
 _IGNORED = ("sample_size", "force_upcast")  # the tile size and the dtype policy of diffusers
+# A config may claim any size, and JAX would trace a network of any depth.
+_MAX_LEVELS, _MAX_COUNT = 16, 1 << 16
+_MIN_TENSORS_OF_BLOCK = 8  # two convolutions and two norms
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _TENSOR_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
@@ -74,11 +76,12 @@ def from_diffusers(path: epath.PathLike, *, dtype: str = "float32") -> tuple[Aut
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     directory = _find(path)
     model = AutoencoderKL(**_read_config(directory / CONFIG), dtype=jnp.dtype(dtype))
+    tensors = _rename_attention(_read_tensors(directory / WEIGHTS))
+    _check_depth(model, len(tensors), directory)
     try:
         shapes = _param_shapes(model)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from error
-    tensors = _rename_attention(_read_tensors(directory / WEIGHTS))
     check_same_shapes(
         {_diffusers_name(p): _diffusers_shape(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)},
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -198,14 +201,14 @@ def _read_config(file: epath.Path) -> dict[str, Any]:
     """Reads the arguments of `AutoencoderKL`, except dtype."""
     try:
         config = json.loads(file.read_bytes())
-    except ValueError as error:  # from JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # from JSON or UTF-8
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold a JSON object, got {config!r:.80}")
 
     def check(key, is_fine, supported):
         if not is_fine:
-            raise ValueError(f"{file}: {key} is {config.get(key)!r}; supported is {supported}")
+            raise ValueError(f"{file}: {key} is {config.get(key)!r:.200}; supported is {supported}")
 
     check("_class_name", config.get("_class_name") == _CLASS_NAME, repr(_CLASS_NAME))
     fields = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
@@ -228,15 +231,27 @@ def _field_rule(key: str, value: Any) -> tuple[bool, str]:
     """Whether a value is valid for a field, and the allowed values."""
 
     def is_count(x):
-        return type(x) is int and x > 0
+        return type(x) is int and 0 < x <= _MAX_COUNT
 
     if key == "block_out_channels":
-        return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_count, value)), "a list of counts"
+        is_fine = isinstance(value, list | tuple) and 0 < len(value) <= _MAX_LEVELS and all(map(is_count, value))
+        return is_fine, f"a list of counts, at most {_MAX_LEVELS}, each at most {_MAX_COUNT:,}"
     if key == "scaling_factor":
-        return type(value) in (int, float) and math.isfinite(value) and value > 0, "a positive number"
+        return type(value) in (int, float) and 0 < value < 1e38, "a positive number"
     if isinstance(_DEFAULTS[key], bool):
         return isinstance(value, bool), "true or false"
-    return is_count(value), "a positive whole number"
+    return is_count(value), f"a positive whole number, at most {_MAX_COUNT:,}"
+
+
+def _check_depth(model: AutoencoderKL, num_tensors: int, directory: epath.Path) -> None:
+    """Checks that a model is not much deeper than its weights. Small differences are listed by name later."""
+    num_levels = len(model.block_out_channels)
+    num_blocks = num_levels * (2 * model.layers_per_block + 1) + 4  # two in each middle
+    if _MIN_TENSORS_OF_BLOCK * num_blocks > 2 * num_tensors:
+        raise ValueError(
+            f"{directory / CONFIG}: layers_per_block is {model.layers_per_block} with {num_levels} levels, which takes "
+            f"{_MIN_TENSORS_OF_BLOCK * num_blocks:,} tensors and more; {WEIGHTS} holds {num_tensors}"
+        )
 
 
 def _read_tensors(file: epath.Path) -> dict[str, np.ndarray]:

@@ -1,43 +1,32 @@
-"""Image files: decoding to RGB pixels, and folders, zip and tar files as sources.
+"""Image files in folders, zip and tar files as sources.
 
-Nothing is unpacked to disk. Sources are thread-safe: each read opens the file again, so threads never block each other.
+Nothing is unpacked to disk. Sources are thread-safe: each read opens the file again, so threads do not wait for each
+other, except for memory (`decoding`).
 """
 
+import contextlib
 import errno
 import hashlib
-import io
 import os
 import stat
 import struct
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
 
+from diffussm_jax.data.decoding import BrokenImage, decode_file, decode_image  # noqa: F401 - decode_image for sources
 from diffussm_jax.data.walk import is_hidden, print_left_out, walk, walk_bucket
 from diffussm_jax.io import is_bucket
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
-MAX_ENCODED_BYTES = 1 << 30  # per image of an archive, because a header may claim any size
 MAX_TARS = 8  # inside each other
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-# Formats that Pillow decodes itself. Others may run programs: EPS calls Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-# Pillow imports its plugins lazily. In a thread that fails while another library (such as TFDS) has replaced
-# `__import__` for lazy imports.
-Image.init()
-
-# Warnings about odd metadata of single images are noise, and `warnings.catch_warnings` is not thread-safe.
-for _category in (UserWarning, RuntimeWarning):
-    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
 class Example(NamedTuple):
@@ -54,69 +43,6 @@ class Example(NamedTuple):
     label: int
     key: str
     conditions: Mapping[str, np.ndarray] = MappingProxyType({})
-
-
-class BrokenImage(ValueError):  # noqa: N818 - the name describes the item
-    """Raised for an item that cannot be read or decoded. The message has its key and the reason."""
-
-    def __init__(self, key: str, reason: object):
-        super().__init__(key, reason)  # both arguments, for pickling
-
-    def __str__(self) -> str:
-        return f"{self.args[0]}: {self.args[1]}"
-
-
-def decode_image(data: bytes, key: str) -> np.ndarray:
-    """Decodes an image file: JPEG, PNG, WebP, BMP, GIF, TIFF or PNM, detected by content, not by name.
-
-    Gray, palette, CMYK and 16-bit images become 8-bit RGB. Transparent images are composited on white. The EXIF
-    rotation is applied. Of an animation the first frame is used.
-
-    Args:
-      key: name of the file, for error messages.
-
-    Returns:
-      [H, W, 3] uint8, read-only.
-
-    Raises:
-      BrokenImage: the format is unknown, the file is truncated or damaged, or its header has more than `MAX_PIXELS`
-        pixels.
-    """
-    if not data:
-        raise BrokenImage(key, "the file is empty")
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size  # from the header: nothing is decoded yet
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_to_rgb(image))
-    except Image.UnidentifiedImageError as error:
-        raise BrokenImage(key, f"not an image of a known format ({', '.join(_FORMATS)})") from error
-    except Exception as error:  # Pillow raises a dozen unrelated types for damaged files
-        raise BrokenImage(key, f"{type(error).__name__}: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown")
-    if image.mode.startswith("I"):  # I, I;16, I;16B, ...
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        on_white = Image.new("RGB", image.size, "white")
-        on_white.paste(image, mask=image)
-        return on_white
-    return image.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Rescales 16-bit gray from [0, 65535] to [0, 255]. Pillow's own conversion clips."""
-    values = np.asarray(image)
-    # Mode "I" also holds 32-bit TIFFs, whose black and white levels are unknown.
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"gray values {values.min()} ... {values.max()} exceed 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def fingerprint(parts: Iterable[object]) -> str:
@@ -178,20 +104,26 @@ class _Files:
     def __getitem__(self, index: int) -> Example:
         key = self._keys[index]
         try:
-            data = self._read(key)
+            with self._open(key) as (file, num_bytes):
+                image = decode_file(file, num_bytes, key)
+        except BrokenImage:
+            raise
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL is an impossible offset; other errors are of the disk or network
                 raise
             raise BrokenImage(key, f"cannot be read: {error}") from error
         except Exception as error:  # zipfile raises a dozen types for damaged members
             raise BrokenImage(key, f"cannot be read: {type(error).__name__}: {error}") from error
-        return Example(decode_image(data, key), int(self._labels[index]), key)
+        return Example(image, int(self._labels[index]), key)
 
     def fingerprint(self) -> str:
         return fingerprint((key, self._stamp(key)) for key in self._keys)
 
-    def _read(self, key: str) -> bytes:
-        """Reads the file's content. An OSError means the source is unreachable, other errors mean it is broken."""
+    def _open(self, key: str) -> AbstractContextManager[tuple[BinaryIO, int]]:
+        """Opens a file, and says its size. An OSError means the source is unreachable, other errors that it is broken.
+
+        The same goes for reading the file.
+        """
         raise NotImplementedError
 
     def _stamp(self, key: str) -> object:
@@ -214,11 +146,6 @@ def _leaves_root(name: str) -> bool:
 def _normalize_name(name: str) -> str:
     """Removes the "./" that `tar -C folder .` writes and empty parts from a member's name."""
     return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _check_size(num_bytes: int) -> None:
-    if num_bytes > MAX_ENCODED_BYTES:
-        raise ValueError(f"{num_bytes:,} bytes, more than {MAX_ENCODED_BYTES:,}")
 
 
 class ImageFolder(_Files):
@@ -245,17 +172,39 @@ class ImageFolder(_Files):
         names = walk_bucket(self._path) if is_bucket(self._path) else walk(os.fspath(self._path), left_out)
         super().__init__("folder", self._path, list(names), split, left_out)
 
-    def _read(self, key: str) -> bytes:
-        if not is_bucket(self._path):
-            about = os.stat(self._path / key)
-            if not stat.S_ISREG(about.st_mode):  # reading a pipe or a device might never end
-                raise ValueError("it is no regular file")
-            _check_size(about.st_size)
-        return (self._path / key).read_bytes()
+    @contextlib.contextmanager
+    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
+        # Opening a pipe or a device might never end.
+        if not is_bucket(self._path) and not stat.S_ISREG(os.stat(self._path / key).st_mode):
+            raise ValueError("it is no regular file")
+        with (self._path / key).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            num_bytes = file.tell()
+            file.seek(0)
+            yield file, num_bytes
 
     def _stamp(self, key: str) -> int:
         # In a remote folder a stat is a request, and a job would start with a million of them.
         return 0 if is_bucket(self._path) else os.stat(self._path / key).st_size
+
+
+class _Member(zipfile.ZipExtFile):
+    """Reads little at a time, because LZMA expands all that was read at once, thousandfold."""
+
+    MIN_READ_SIZE = 256  # bytes, compressed
+
+    def read(self, n: int = -1) -> bytes:
+        return super().read(self.MIN_READ_SIZE)
+
+
+def _open_member(file: BinaryIO, member: zipfile.ZipInfo) -> BinaryIO:
+    """Opens a member of a zip, at its first byte of which `file` is, such that little more is expanded than is read."""
+    if member.compress_type == zipfile.ZIP_BZIP2:
+        import bz2  # not part of every Python
+
+        return bz2.BZ2File(file)  # ZipExtFile would expand a block at once, 46 MB of zeros
+    is_limited = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    return (zipfile.ZipExtFile if is_limited else _Member)(file, "r", member)
 
 
 class ImageZip(_Files):
@@ -280,9 +229,9 @@ class ImageZip(_Files):
         self._members = {_normalize_name(member.filename.replace("\\", "/")): member for member in members}
         super().__init__("zip", self._path, self._members, split)
 
-    def _read(self, key: str) -> bytes:
+    @contextlib.contextmanager
+    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
         member = self._members[key]
-        _check_size(member.file_size)
         if member.flag_bits & 1:
             raise ValueError("it is encrypted")
         with self._path.open("rb") as file:  # ZipFile.read would make all threads wait for one file
@@ -291,9 +240,9 @@ class ImageZip(_Files):
             if signature != b"PK\x03\x04":
                 raise ValueError(f"no header at byte {member.header_offset:,}")
             file.seek(name_length + extra_length, os.SEEK_CUR)
-            with zipfile.ZipExtFile(file, "r", member) as content:
+            with _open_member(file, member) as content:
                 try:
-                    return content.read()
+                    yield content, member.file_size
                 except OSError as error:
                     if error.errno is None:  # bz2 raises this for damaged data; errors of the system have a number
                         raise ValueError(str(error)) from error
@@ -329,15 +278,12 @@ class ImageTar(_Files):
                 raise ValueError(f"{self._path} is not a tar file, or is damaged or cut short: {error}") from error
         super().__init__("tar", self._path, self._members, split, left_out)
 
-    def _read(self, key: str) -> bytes:
-        offset, size = self._members[key]
-        _check_size(size)
+    @contextlib.contextmanager
+    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
+        offset, num_bytes = self._members[key]
         with self._path.open("rb") as file:
             file.seek(offset)
-            data = file.read(size)
-        if len(data) < size:
-            raise ValueError(f"{self._path.name} is cut short")
-        return data
+            yield file, num_bytes
 
     def _stamp(self, key: str) -> int:
         return self._members[key][1]

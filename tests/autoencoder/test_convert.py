@@ -244,6 +244,37 @@ def test_configs_of_other_models(saved, key, value, supported):
         from_diffusers(saved)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layers_per_block": 3000},
+            r"layers_per_block is 3000 with 2 levels, which takes 96,048 tensors .* holds 124",
+        ),
+        (
+            {"block_out_channels": [4] * 3000},
+            r"block_out_channels is \[4, .*; supported is a list of counts, at most 16",
+        ),
+        ({"latent_channels": 10**30}, r"latent_channels is 10+; supported is a positive whole number, at most 65,536"),
+        ({"scaling_factor": 10**400}, r"scaling_factor is 10+; supported is a positive number"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configs_of_any_size_are_refused_at_once(saved, changes, message):
+    if "block_out_channels" in changes:
+        changes |= {"down_block_types": ["DownEncoderBlock2D"] * 3000, "up_block_types": ["UpDecoderBlock2D"] * 3000}
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}") as caught:
+        from_diffusers(saved)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_config_nested_too_deeply(saved):
+    (saved / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        from_diffusers(saved)
+
+
 def test_groups_that_do_not_divide(saved):
     edit_config(saved, norm_num_groups=3)
     with pytest.raises(ValueError, match=r"config\.json: norm_num_groups must divide .* got 3 and \(4, 8\)"):

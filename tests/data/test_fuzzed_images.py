@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import tarfile
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffussm_jax.data.images import MAX_PIXELS, BrokenImage, decode_image
+from diffussm_jax.data.decoding import DECODING, MAX_PIXELS, READING, BrokenImage, decode_image
 from diffussm_jax.data.sources import Example, ImageTar, ImageZip, open_source
 
 ORIENTATION = 0x0112
@@ -303,3 +306,94 @@ def test_pillow_warns_of_nothing():
         env=os.environ | {"PYTHONWARNINGS": ""},
     )
     assert (run.stdout, run.stderr) == ("done\n", "")
+
+
+def mutated(data, rng):
+    """Data with bytes changed, inserted and deleted in up to five places, half of them near the start."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        position = rng.integers(max(1, len(data) if rng.integers(2) else min(len(data), 100)))
+        kind = rng.integers(6)
+        if kind < 3:
+            data[position : position + 1] = bytes([rng.choice([0, 1, 127, 128, 255, rng.integers(256)])])
+        elif kind == 3:
+            data[position : position + 4] = rng.bytes(4)
+        elif kind == 4:
+            data[position:position] = data[rng.integers(max(1, len(data))) :][: rng.integers(200)]
+        else:
+            del data[position : position + rng.integers(20)]
+    return bytes(data)
+
+
+def fuzzed_images(num, rng):
+    whole, broken, _ = corpus()
+    photo = from_pixels(rng.integers(0, 256, (40, 60, 3)))
+    for name in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits"):
+        whole[name] = encoded(photo, "TIFF", compression=name)
+    files = [*whole.values(), *broken.values()]
+    return [mutated(files[rng.integers(len(files))], rng) for _ in range(num)]
+
+
+def fuzzed_archives(num, rng):
+    """(extension, content) of zip files of each compression, and of tars, with whole and with mutated images."""
+    whole = corpus()[0]
+    for i in range(num):
+        names = rng.permutation([*whole])[:8]
+        files = {f"a/{name}": mutated(whole[name], rng) if rng.integers(2) else whole[name] for name in names}
+        archive = io.BytesIO()
+        if i % 2:
+            with tarfile.open(fileobj=archive, mode="w") as file:
+                for name, data in files.items():
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
+        else:
+            compressions = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+            with zipfile.ZipFile(archive, "w", compressions[i // 2 % 4]) as file:
+                for name, data in files.items():
+                    file.writestr(name, data)
+        yield ("zip", "tar")[i % 2], mutated(archive.getvalue(), rng)
+
+
+def decode_fuzzed_files(folder, num_images, num_archives):
+    """Prints how many images were decoded and how many were broken, and the memory that they took at most, in MB."""
+    rng = np.random.default_rng(2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def is_decoded(decode, *args):
+        try:
+            image = decode(*args)
+        except BrokenImage:
+            return False
+        image = image.image if isinstance(image, Example) else image
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda data: is_decoded(decode_image, data, "x"), fuzzed_images(num_images, rng)))
+        for extension, data in fuzzed_archives(num_archives, rng):
+            path = Path(folder, f"data.{extension}")
+            path.write_bytes(data)
+            try:
+                source = {"zip": ImageZip, "tar": ImageTar}[extension](path)
+            except ValueError:
+                continue
+            found += pool.map(lambda i, source=source: is_decoded(source.__getitem__, i), range(len(source)))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(sum(found), len(found) - sum(found), grown // 1024)
+
+
+@pytest.mark.slow
+def test_many_fuzzed_files_give_pixels_or_broken_images(tmp_path):
+    """Nothing else happens: no other error, no output, no memory beyond the limits. It takes a minute."""
+    program = "import sys, test_fuzzed_images as t; t.decode_fuzzed_files(sys.argv[1], 100_000, 4_000)"
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    num_decoded, num_broken, grown = map(int, run.stdout.split())
+    assert num_decoded > 10_000 and num_broken > 10_000
+    assert grown < (READING.num_bytes + DECODING.num_bytes) / 2**20 + 200

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffussm_jax.data import images, walk
+from diffussm_jax.data import decoding, walk
 from diffussm_jax.data.sources import (
     LSUN,
     TFDS,
@@ -360,7 +360,8 @@ def test_a_compressed_tar_is_to_be_unpacked(tmp_path):
 
 
 def test_a_damaged_member_of_an_archive_is_a_broken_image(tmp_path, monkeypatch):
-    path = write_zip(tmp_path / "data.zip", {"a/1.png": os.urandom(5000), "a/2.png": encode("red")})
+    files = {"a/1.png": encode("red")[:16] + os.urandom(5000), "a/2.png": encode("red")}
+    path = write_zip(tmp_path / "data.zip", files)
     data = bytearray(path.read_bytes())
     data[2000] ^= 0xFF
     path.write_bytes(data)
@@ -368,7 +369,7 @@ def test_a_damaged_member_of_an_archive_is_a_broken_image(tmp_path, monkeypatch)
     with pytest.raises(BrokenImage, match=r"a/1.png: cannot be read: .*CRC-32"):
         source[0]
     assert source[1].key == "a/2.png"
-    monkeypatch.setattr(images, "MAX_ENCODED_BYTES", 10)
+    monkeypatch.setattr(decoding, "MAX_ENCODED_BYTES", 10)
     with pytest.raises(BrokenImage, match="a/2.png: .*more than 10"):
         source[1]
     monkeypatch.undo()
