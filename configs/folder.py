@@ -19,7 +19,8 @@ def get_config(size="S"):
     config.eval_every = config.sample_every = config.checkpoint_every = 2_000
     if size == "XS":
         config.eval_every = config.sample_every = config.checkpoint_every = 500
-        config.model.update(width=128, depth=6)
+        config.model.update(width=96, depth=4, scan_unroll=4)
+        config.model.mixer.state_size = 16
         config.batch_size = 32
         config.optimizer.learning_rate = 1e-3
     else:

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from etils import epath
 
-from diffussm_jax.data.decoding import BrokenImage, decode_file, decode_image  # noqa: F401 - decode_image for sources
+from diffussm_jax.data.decoding import BrokenImage, decode_file
 from diffussm_jax.data.walk import is_hidden, print_left_out, walk, walk_bucket
 from diffussm_jax.io import is_bucket
 

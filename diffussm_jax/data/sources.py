@@ -15,15 +15,8 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 from etils import epath
 
-from diffussm_jax.data.images import (
-    BrokenImage,
-    Example,
-    ImageFolder,
-    ImageTar,
-    ImageZip,
-    decode_image,
-    fingerprint,
-)
+from diffussm_jax.data.decoding import BrokenImage, decode_image
+from diffussm_jax.data.images import Example, ImageFolder, ImageTar, ImageZip, fingerprint
 from diffussm_jax.io import check_path, is_bucket
 from diffussm_jax.options import NOT_AN_OPTION
 
