@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from diffussm_jax.build_data import open_data
 from diffussm_jax.config import AUTO_SPLIT, FROM_DATA
-from diffussm_jax.data.holdout import held_out
 from diffussm_jax.data.decoding import BrokenImage
+from diffussm_jax.data.holdout import held_out
 from diffussm_jax.data.sources import Source
 
 _TRAIN = "train"

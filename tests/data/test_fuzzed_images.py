@@ -290,7 +290,7 @@ def test_too_many_pixels_are_refused_by_the_header():
 
 def test_pillow_warns_of_nothing():
     program = (
-        "import io, sys; from diffussm_jax.data.images import *\n"
+        "import io, sys; from diffussm_jax.data.decoding import *\n"
         "for line in sys.stdin:\n"
         "    try: decode_image(bytes.fromhex(line), 'x')\n"
         "    except BrokenImage: pass\n"
