@@ -5,7 +5,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -14,6 +16,7 @@ from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers
 from diffussm_jax.data.card import check_card, read_card
 from diffussm_jax.data.codec import Codec, latent_codec, pixel_codec
 from diffussm_jax.data.holdout import Subset, held_out
+from diffussm_jax.data.latents import check_sums
 from diffussm_jax.data.loader import Loader, Records
 from diffussm_jax.data.pixels import Pixels
 from diffussm_jax.parallel.mesh import local_rows, make_mesh
@@ -72,6 +75,8 @@ class DataParts:
         data, source = self.config.data, open_data(self.config.data, split)
         if self.has_latents:
             check_card(source.card, data.to_dict(), data.path)
+            if data.verify and jax.process_index() == 0:
+                check_sums(epath.Path(data.path), source.card)
         elif data.num_classes not in (0, len(source.class_names)):
             raise ValueError(
                 f"config.data.num_classes = {data.num_classes}, but {source.description} has "

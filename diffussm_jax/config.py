@@ -67,6 +67,7 @@ class Data:
     random_crop: bool = False  # crops of pixels are placed and scaled at random, as ADM's; else at the centre
     random_flip: bool = False  # mirrors half of the images (latents: always)
     num_threads: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 4  # that read ahead, a batch each
+    verify: Annotated[bool, CHANGEABLE_ON_RESUME] = False  # compares latents with their checksums at the start
     # Of the autoencoder of latents; a data set's card must agree.
     downsampling: Annotated[int, Range(1)] = 1  # pixels per latent position
     scaling_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0

@@ -158,6 +158,18 @@ def test_latents_that_do_not_fit_are_refused(latents, small_vae_folder, key, val
         build_experiment(config)
 
 
+def test_latents_are_compared_with_their_checksums_at_the_start(latents, small_vae_folder, tmp_path):
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    shard = next(folder.glob("latents-train*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    config = _latent_config(folder, small_vae_folder)
+    config.data.verify = True
+    with pytest.raises(ValueError, match="1 of 1 shards are damaged:(.|\n)*SHA-256 is"):
+        build_experiment(config)
+
+
 def test_the_encoder_must_be_the_one_that_made_the_latents(latents, small_vae, tmp_path):
     model, params = small_vae
     for part in ("encoder", "decoder"):

@@ -238,6 +238,14 @@ def check_shards(folder: epath.Path, card: Mapping) -> None:
         raise FileNotFoundError(f"{folder} lacks {len(missing)} of its shards or has them cut short: {missing[0]} ...")
 
 
+def check_sums(folder: epath.Path, card: Mapping) -> None:
+    """Rereads the shards of a card. Raises ValueError, listing those whose checksums are not the card's."""
+    digests = {shard["file"]: (file_sha256(folder / shard["file"]), shard["sha256"]) for shard in card["shards"]}
+    wrong = [f"{k}: SHA-256 is {found}, the card has {was}" for k, (found, was) in digests.items() if found != was]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(digests)} shards are damaged:\n  " + "\n  ".join(wrong))
+
+
 def _local_copy(folder: epath.Path, card: Mapping) -> epath.Path:
     """Copies a split of a bucket to a local cache, without the files that are already there. Returns the folder."""
     wanted = {shard["file"]: shard["sha256"] for shard in card["shards"]}
@@ -325,13 +333,8 @@ def verify(folder: epath.PathLike, split: str) -> dict:
       FileNotFoundError: the split or a shard is missing.
       ValueError: shards are damaged. The message lists all of them.
     """
-    folder, latents, wrong = epath.Path(folder), Latents(folder, split), []
-    for shard in latents.card["shards"]:
-        digest = file_sha256(folder / shard["file"])
-        if digest != shard["sha256"]:
-            wrong.append(f"{shard['file']}: SHA-256 is {digest}, the card has {shard['sha256']}")
-    if wrong:
-        raise ValueError(f"{len(wrong)} of {len(latents.card['shards'])} shards are damaged:\n  " + "\n  ".join(wrong))
+    latents = Latents(folder, split)
+    check_sums(epath.Path(folder), latents.card)
     if len(latents._records) != len(latents):
         raise ValueError(f"TFDS finds {len(latents._records)} records, the card has {len(latents)}")
     return latents.card
