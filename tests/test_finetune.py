@@ -111,12 +111,13 @@ def test_digits_0_to_4_help_with_all_digits(tmp_path):
     def eval_loss(name, data, num_classes, num_steps, **changes):
         config = load_config(str(CONFIGS / "digits.py"))
         changes |= {"data.path": str(tmp_path / data), "data.num_classes": num_classes, "num_steps": num_steps}
+        small = {"model.width": 32, "model.depth": 2, "model.scan_unroll": 1}
         quiet = {"sample_every": 0, "eval_every": num_steps, "optimizer.decay": "constant"}
-        config = override(config, {"data.source": "images", **quiet, **changes})
+        config = override(config, {"data.source": "images", "optimizer.warmup_steps": 20, **small, **quiet, **changes})
         assert train(build_experiment(config), tmp_path / name) is None
         header, *_, last = (tmp_path / name / "metrics.csv").read_text().splitlines()
         return float(last.split(",")[header.split(",").index("eval_loss")])
 
-    eval_loss("half_run", "half", 5, 400)
-    tuned = eval_loss("tuned", "all", 10, 100, init_from=str(tmp_path / "half_run"))
-    assert tuned < 0.9 * eval_loss("scratch", "all", 10, 100)
+    eval_loss("half_run", "half", 5, 300)
+    tuned = eval_loss("tuned", "all", 10, 60, init_from=str(tmp_path / "half_run"))
+    assert tuned < 0.9 * eval_loss("scratch", "all", 10, 60)
