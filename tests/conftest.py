@@ -49,5 +49,5 @@ def small_vae_folder(small_vae, tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the tests of training first. Some take minutes, and else one worker would be left with them."""
-    items.sort(key=lambda item: "/training/" not in item.path.as_posix())
+    """Puts the tests of training and docs first. Some take minutes, and else one worker would be left with them."""
+    items.sort(key=lambda item: "/training/" not in item.path.as_posix() and item.path.name != "test_docs.py")

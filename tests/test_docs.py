@@ -34,7 +34,6 @@ BLOCK = re.compile(r"(?P<notes>(?:<!-- [^\n]* -->\n)*)```(?P<language>bash|pytho
 NOTE = re.compile(r"<!-- (?:(?P<kind>not run|command)|short (?P<program>[a-z_ ]+)): (?P<text>.*) -->")
 DIGITS_RUN = "DIFFUSSM_DIGITS_RUN"  # the folder of a trained run, if there is one
 SHORT_DIGITS = ("--config.num_steps=2", "--config.eval_every=0", "--config.sample_every=0", "--config.model.depth=1")
-CIFAR = ROOT.parent / "shared/data/cifar10_jpg.zip"
 
 # A program's flags of a block are in a variable such as SHORT_bench_ssm; later flags override earlier ones.
 PYTHON = f"""#!/usr/bin/env bash
@@ -99,10 +98,10 @@ def test_every_block_of_a_page_is_found():
 
 @pytest.fixture(scope="session")
 def copy(tmp_path_factory):
-    """A copy of the repository, with the data that the pages name."""
+    """A copy of what the pages need of the repository, with the data that they name."""
     copy = tmp_path_factory.mktemp("docs") / "diffussm_jax"
-    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info", "tests")
-    shutil.copytree(ROOT, copy, ignore=skipped)
+    for name in ("configs", "diffussm_jax"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name, content in {"python": PYTHON, "pip": PIP}.items():
         path = copy / ".venv" / "bin" / name
         path.parent.mkdir(parents=True, exist_ok=True)
