@@ -156,7 +156,7 @@ def write_card(
         "statistics": {
             "about": "per channel, of latents as sampled, not scaled",
             "mean": mean.tolist(),
-            "std": np.sqrt(square - mean**2 + variance).tolist(),
+            "std": np.sqrt(np.maximum(square - mean**2 + variance, 0)).tolist(),
         },
         "skipped": list(skipped),
         "shards": [{key: value for key, value in shard.items() if key != "sums"} for shard in shards],
