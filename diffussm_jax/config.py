@@ -383,9 +383,8 @@ def from_plain(values: dict) -> ConfigDict:
         config = complete(config)
         for path, keys in {"": General, **GROUPS}.items():
             for name, option in options_of(keys).items():
-                option.check(
-                    f"config.{path}.{name}" if path else f"config.{name}", config[path][name] if path else config[name]
-                )
+                key = f"{path}.{name}".lstrip(".")
+                option.check(f"config.{key}", value_at(config, key))
     except (AttributeError, KeyError, TypeError) as error:  # a group is missing, or is none
         raise ValueError(f"the config is damaged: {type(error).__name__}: {error}") from error
     return config

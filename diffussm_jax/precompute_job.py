@@ -213,7 +213,7 @@ def _read(job: Job, index: int) -> _Item:
     try:
         with reserve_until_cropped(job.image_size):
             image, label, key, _ = job.source[index]
-            image = center_crop(image, job.image_size).copy()  # it is a view of the scaled image
+            image = center_crop(image, job.image_size)
     except BrokenImage as error:
         key, reason = error.args
         return _Item(index, None, 0, _text(key), _text(str(reason)))

@@ -71,7 +71,11 @@ def blocks(page):
     for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
         notes = [NOTE.fullmatch(line) for line in match["notes"].splitlines()]
         assert all(notes), f"{page}: unknown note in {match['notes']}"
-        flags = {f"SHORT_{n['program'].replace(' ', '_')}": n["text"] for n in notes if n["program"]}
+        flags = {}
+        for note in notes:
+            if note["program"]:
+                variable = f"SHORT_{note['program'].replace(' ', '_')}"
+                flags[variable] = f"{flags.get(variable, '')} {note['text']}"
         kind = next((n["kind"] for n in notes if n["kind"]), None)
         found.append(Block(match["language"], match["code"], kind, flags))
     return found

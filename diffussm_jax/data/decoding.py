@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from diffussm_jax.data.headers import can_be_scaled, check_tiff_tags, has_several_scans, tiff_block_pixels
+from diffussm_jax.data.transforms import MAX_SCALED_PIXELS
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 MAX_ENCODED_BYTES = 257 << 20  # MAX_PIXELS of uncompressed RGB, and a header
@@ -30,7 +31,6 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _HEAD_BYTES = 16  # enough for Pillow to tell the format
 _PIECE_BYTES = 1 << 20  # read at once
 _STRIP_PIXELS = 1 << 18  # converted at once
-_MAX_SCALED_PIXELS = 1 << 26  # of `transforms`
 
 # Pillow imports its plugins lazily. In a thread that fails while another library (such as TFDS) has replaced
 # `__import__` for lazy imports.
@@ -292,7 +292,7 @@ def crop_bytes(width: int, height: int, size: int) -> int:
     """Memory that an image takes at most while `transforms` crop it to size x size pixels."""
     short, long = sorted((width, height))
     scaled = (1.25 * size) ** 2 * long / short  # 1.25 of a random crop
-    return 10 * width * height + 12 * round(min(scaled, _MAX_SCALED_PIXELS))
+    return 10 * width * height + 12 * round(min(scaled, MAX_SCALED_PIXELS))
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

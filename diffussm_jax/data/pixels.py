@@ -43,7 +43,7 @@ class Pixels:
                 if self._becomes_gray:
                     image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
                 if self._is_cropped and image.shape[:2] != (self._size, self._size):
-                    image = center_crop(image, self._size).copy()  # it is a view of the scaled image
+                    image = center_crop(image, self._size)
         except BrokenImage as error:
             raise ValueError(f"{self._source.description}: {error}; remove it to train") from error
         return {"image": image, "label": np.int32(label), **conditions}
@@ -52,4 +52,4 @@ class Pixels:
         """Crops the image of an uncropped record to a random square; the `augment` of `Loader`."""
         height, width = record["image"].shape[:2]
         with DECODING.reserve(crop_bytes(width, height, self._size)):
-            return record | {"image": random_crop(record["image"], self._size, rng).copy()}
+            return record | {"image": random_crop(record["image"], self._size, rng)}

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _MIN_GRID_WIDTH, _FONT_SIZE, _LINE = 512, 14, 18  # pixels
-_MAX_SCALED_PIXELS = 1 << 26  # 200 MB
+MAX_SCALED_PIXELS = 1 << 26  # 200 MB
 
 
 def to_unit_range(images: jax.Array) -> jax.Array:
@@ -56,8 +56,9 @@ def _scale_and_crop(picture: Image.Image, scaled: tuple[int, int], left: int, to
     For a long strip (1 x 4000 pixels would scale to a gigabyte) only the square is computed. Pillow does this with
     float32 coordinates, which may change values by one or two levels of 255.
     """
-    if scaled[0] * scaled[1] <= _MAX_SCALED_PIXELS:
+    if scaled[0] * scaled[1] <= MAX_SCALED_PIXELS:
         pixels = np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))[top : top + size, left : left + size]
+        pixels = pixels.copy()  # a view would keep the scaled image
     else:
         x, y = picture.width / scaled[0], picture.height / scaled[1]
         box = (left * x, top * y, min((left + size) * x, picture.width), min((top + size) * y, picture.height))

@@ -164,17 +164,18 @@ class Store:
         folder = self.directory / str(step)
         try:
             sums = read_json(folder / CHECKSUMS)
-            wanted = {n: s for n, s in sums.items() if items is None or n.partition("/")[0] in (*items, _ABOUT)}
         except (OSError, ValueError) as error:
             return [f"{CHECKSUMS} cannot be read: {error}"]
-        found = [name for name in files_below(folder) if name not in (*_WITHOUT_CHECKSUM, CHECKSUMS)]
-        found = [name for name in found if items is None or name.partition("/")[0] in (*items, _ABOUT)]
-        wrong = [f"{name} has no checksum" for name in found if name not in wanted]
-        for name, expected in wanted.items():
-            if name not in found:
+        found, wrong = set(files_below(folder)) - {*_WITHOUT_CHECKSUM, CHECKSUMS}, []
+        for name in sorted(found | sums.keys()):
+            if items is not None and name.partition("/")[0] not in (*items, _ABOUT):
+                continue
+            if name not in sums:
+                wrong.append(f"{name} has no checksum")
+            elif name not in found:
                 wrong.append(f"{name} is missing")
-            elif (digest := file_sha256(folder / name)) != expected:
-                wrong.append(f"{name}: SHA-256 is {digest}, was {expected}")
+            elif (digest := file_sha256(folder / name)) != sums[name]:
+                wrong.append(f"{name}: SHA-256 is {digest}, was {sums[name]}")
         return wrong
 
     def quarantine(self, step: int) -> epath.Path:

@@ -119,7 +119,7 @@ def test_crops_are_adms(height, width, size):
 def test_a_long_strip_is_cropped_without_scaling_all_of_it(monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (3, 400, 3), np.uint8)
     expected = [f(image, 32) for f in (center_crop, lambda *a: random_crop(*a, np.random.default_rng(2)))]
-    monkeypatch.setattr(transforms, "_MAX_SCALED_PIXELS", 0)
+    monkeypatch.setattr(transforms, "MAX_SCALED_PIXELS", 0)
     found = [f(image, 32) for f in (center_crop, lambda *a: random_crop(*a, np.random.default_rng(2)))]
     for a, b in zip(found, expected, strict=True):
         assert np.abs(a.astype(int) - b).max() <= 2
