@@ -13,9 +13,11 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import TextIO
+from pathlib import Path
+from typing import Any, TextIO
 
 import jax
+import numpy as np
 from etils import epath
 
 _CHUNK_BYTES = 1 << 20
@@ -41,6 +43,11 @@ def check_path(path: str) -> None:
     scheme, separator, _ = path.partition("://")
     if separator and scheme not in _SCHEMES:
         raise ValueError(f"the path {path!r} must be local, gs://... or s3://...")
+
+
+def cache_folder() -> Path:
+    """The user's folder of what can be made again: $XDG_CACHE_HOME/diffussm_jax, by default ~/.cache/diffussm_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm_jax"
 
 
 def partial_path(path: epath.Path) -> epath.Path:
@@ -206,6 +213,19 @@ def files_below(folder: epath.Path) -> list[str]:
 def path_of(key_path, separator: str = "/") -> str:
     """A key path of jax.tree_util as text, "blocks/W0/kernel"."""
     return jax.tree_util.keystr(key_path, simple=True, separator=separator)
+
+
+def weights_hash(params: Any) -> str:
+    """SHA-256 (64 hex digits) of the names, shapes, dtypes and float32 values of a pytree; independent of sharding.
+
+    It records which weights made a latent data set, samples or scores.
+    """
+    digest = hashlib.sha256()
+    named = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for name, leaf in sorted(named.items()):
+        digest.update(f"{name} {list(leaf.shape)} {np.dtype(leaf.dtype).name}\n".encode())
+        digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
+    return digest.hexdigest()
 
 
 def shapes_by_path(tree) -> dict[str, tuple[int, ...]]:

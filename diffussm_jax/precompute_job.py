@@ -20,14 +20,14 @@ import tensorflow_datasets  # noqa: F401 - before threads start: its import repl
 from etils import epath
 from tqdm import tqdm
 
-from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, weights_hash
+from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash
 from diffussm_jax.data import latents
 from diffussm_jax.data.card import SHARD, SKIPPED, wrong_keys
 from diffussm_jax.data.decoding import BrokenImage, reserve_until_cropped
 from diffussm_jax.data.names import check_class_names, check_split_name
 from diffussm_jax.data.sources import Source
 from diffussm_jax.data.transforms import center_crop, image_grid, to_uint8, to_unit_range
-from diffussm_jax.io import folder_lock, read_json, write_whole
+from diffussm_jax.io import folder_lock, read_json, weights_hash, write_whole
 from diffussm_jax.parallel.hosts import barrier_on_all_hosts
 from diffussm_jax.parallel.mesh import make_mesh, over_batch, replicated
 

@@ -1,6 +1,6 @@
 """Autoencoders between images and latents, and conversion of their weights from and to diffusers."""
 
-from diffussm_jax.autoencoder.convert import encoder_hash, from_diffusers, to_diffusers, weights_hash
+from diffussm_jax.autoencoder.convert import encoder_hash, from_diffusers, to_diffusers
 from diffussm_jax.autoencoder.kl import AutoencoderKL, init_params, make_decoder, sample_latents
 from diffussm_jax.autoencoder.tiling import tiled_decode, tiled_encode
 
@@ -14,5 +14,4 @@ __all__ = [
     "tiled_decode",
     "tiled_encode",
     "to_diffusers",
-    "weights_hash",
 ]

@@ -6,7 +6,6 @@ transposed: convolutions from [out, in, height, width] to [height, width, in, ou
 """
 
 import functools
-import hashlib
 import json
 import re
 import uuid
@@ -21,7 +20,7 @@ import safetensors.numpy
 from etils import epath
 
 from diffussm_jax.autoencoder.kl import DTYPES, AutoencoderKL
-from diffussm_jax.io import check_same_shapes, path_of, shapes_by_path
+from diffussm_jax.io import check_same_shapes, path_of, shapes_by_path, weights_hash
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -138,19 +137,6 @@ def to_diffusers(model: AutoencoderKL, params: Any, path: epath.PathLike, *, sam
             (staging / name).replace(path / name)
     finally:
         staging.rmtree()
-
-
-def weights_hash(params: Any) -> str:
-    """SHA-256 (64 hex digits) of the names, shapes, dtypes and float32 values of a pytree; independent of sharding.
-
-    It records which weights made a latent data set.
-    """
-    digest = hashlib.sha256()
-    named = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    for name, leaf in sorted(named.items()):
-        digest.update(f"{name} {list(leaf.shape)} {np.dtype(leaf.dtype).name}\n".encode())
-        digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
-    return digest.hexdigest()
 
 
 def encoder_hash(params: Any) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers, to_diffusers, weights_hash
+from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers, to_diffusers
+from diffussm_jax.io import weights_hash
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 MODEL = AutoencoderKL(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, scaling_factor=0.13025)

@@ -1,0 +1,199 @@
+"""A small classifier, trained on the real data in seconds to minutes: scores where no pretrained network is at hand.
+
+Its 64 features take the place of Inception's. The scores are named after it, "FD-digits", because they compare with no
+FID. They compare with each other only where the classifier has the same weights, whose SHA-256 every report has.
+Samples must be compared with images that the classifier was not trained on.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors
+import safetensors.numpy
+from etils import epath
+from jax.experimental import multihost_utils
+
+from diffussm_jax.evaluation.extractor import DISTANCES, FEATURES, PROBABILITIES, Extractor, check_images
+from diffussm_jax.io import check_same_shapes, path_of, shapes_by_path, weights_hash, write_whole
+
+_VERSION = 1  # of the network and its training; another one trains anew
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """A classifier and how it is trained.
+
+    Attributes:
+      image_size: pixels.
+      num_channels: 1 or 3.
+      widths: channels of each resolution; the last are the features.
+      num_epochs: of training, with a learning rate that falls to zero.
+      max_shift: images are moved at random by up to this number of pixels.
+      is_flipped: whether half of them are mirrored.
+    """
+
+    image_size: int
+    num_channels: int
+    widths: tuple[int, ...]
+    num_epochs: int
+    max_shift: int = 1
+    is_flipped: bool = False
+    num_classes: int = 10
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+
+
+CLASSIFIERS = {
+    "digits": Training(image_size=8, num_channels=1, widths=(32, 64), num_epochs=30),
+    "cifar10": Training(
+        image_size=32, num_channels=3, widths=(32, 64, 64), num_epochs=10, max_shift=3, is_flipped=True, batch_size=128
+    ),
+}
+
+
+class Classifier(nn.Module):
+    """Two convolutions at each resolution, then the mean over positions.
+
+    Images [B, H, W, C] uint8 -> features [B, widths[-1]] and logits [B, num_classes], float32.
+    """
+
+    widths: tuple[int, ...]
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = images.astype(jnp.float32) / 127.5 - 1
+        for i, width in enumerate(self.widths):
+            for j in range(2):
+                x = nn.Conv(width, (3, 3), name=f"conv_{i}_{j}")(x)
+                x = nn.relu(nn.GroupNorm(8, name=f"norm_{i}_{j}")(x))
+            if i + 1 < len(self.widths):
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        features = x.mean((1, 2))
+        return features, nn.Dense(self.num_classes, name="head")(features)
+
+
+def train_classifier(images: np.ndarray, labels: np.ndarray, training: Training, seed: int = 0) -> dict:
+    """Trains a classifier.
+
+    Args:
+      images: [N, H, W, C] uint8.
+      labels: [N] int.
+      training: how.
+      seed: of initial values, order and augmentation.
+
+    Returns:
+      the parameters.
+
+    Raises:
+      ValueError: the images or labels do not fit `training`.
+    """
+    check_images(images, training.num_channels)
+    if images.shape[1:3] != (training.image_size,) * 2 or len(np.unique(labels)) != training.num_classes:
+        raise ValueError(
+            f"the classifier takes images of {training.image_size} x {training.image_size} in {training.num_classes} "
+            f"classes, got {list(images.shape)} in {len(np.unique(labels))} classes"
+        )
+    model = Classifier(training.widths, training.num_classes)
+    steps_per_epoch = len(images) // training.batch_size
+    schedule = optax.cosine_onecycle_schedule(steps_per_epoch * training.num_epochs, training.learning_rate)
+    optimizer = optax.adamw(schedule, weight_decay=0.01)
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+
+    def loss_of(params, batch, targets):
+        _, logits = model.apply({"params": params}, batch)
+        smooth = optax.smooth_labels(jax.nn.one_hot(targets, training.num_classes), 0.1)
+        return optax.softmax_cross_entropy(logits, smooth).mean()
+
+    @jax.jit
+    def step(params, state, rows, key):
+        gradients = jax.grad(loss_of)(params, _augmented(images[rows], key, training), labels[rows])
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    key, init_key = jax.random.split(jax.random.key(seed))
+    params = jax.jit(model.init)(init_key, images[:1])["params"]
+    state, rng = optimizer.init(params), np.random.default_rng(seed)
+    for _ in range(training.num_epochs):
+        order = rng.permutation(len(images))[: steps_per_epoch * training.batch_size]
+        for rows in order.reshape(steps_per_epoch, -1):  # no scan: XLA:CPU runs convolutions in loops on one thread
+            key, step_key = jax.random.split(key)
+            params, state = step(params, state, rows, step_key)
+    return jax.device_get(params)
+
+
+def _augmented(images: jax.Array, key: jax.Array, training: Training) -> jax.Array:
+    """Shifts a batch, each image by its own offset, and mirrors half of it."""
+    shift_key, flip_key = jax.random.split(key)
+    pad, size = training.max_shift, training.image_size
+    offsets = jax.random.randint(shift_key, (len(images), 2), 0, 2 * pad + 1)
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
+    crop = functools.partial(jax.lax.dynamic_slice, slice_sizes=(size, size, images.shape[-1]))
+    shifted = jax.vmap(lambda image, at: crop(image, (at[0], at[1], 0)))(padded, offsets)
+    if not training.is_flipped:
+        return shifted
+    is_mirrored = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
+    return jnp.where(is_mirrored, shifted[:, :, ::-1], shifted)
+
+
+def classifier_extractor(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    cache: epath.PathLike,
+    log: Callable[[str], None] = lambda line: None,
+) -> Extractor:
+    """The extractor of a classifier that was trained on these images, now or before.
+
+    Args:
+      name: "digits" or "cifar10".
+      images: real ones, [N, H, W, C] uint8.
+      labels: [N] int.
+      cache: folder for its weights.
+      log: called with a line before training.
+
+    Raises:
+      ValueError: as `train_classifier`, or the weights in the cache are damaged.
+    """
+    training = CLASSIFIERS[name]
+    digest = hashlib.sha256(repr((_VERSION, training, images.shape)).encode())
+    digest.update(images.tobytes() + np.asarray(labels, np.int64).tobytes())
+    path = epath.Path(cache) / f"classifier_{name}_{digest.hexdigest()[:16]}.safetensors"
+    model = Classifier(training.widths, training.num_classes)
+    if path.exists():
+        params = _read(path, model, images[:1])
+    else:
+        log(f"Training the classifier {name} on {len(images):,} images (once: it is kept in {cache})")
+        params = train_classifier(images, labels, training)
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {path_of(p): np.ascontiguousarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+            write_whole(path, safetensors.numpy.save(tensors, {"training": json.dumps(dataclasses.asdict(training))}))
+
+    if jax.process_count() > 1:  # trained in each, perhaps on unlike machines
+        params = multihost_utils.broadcast_one_to_all(params)
+
+    def apply(params, batch):
+        features, logits = model.apply({"params": params}, batch)
+        return {FEATURES: features, PROBABILITIES: jax.nn.softmax(logits)}
+
+    return Extractor(name, apply, params, weights_hash(params), training.num_channels, DISTANCES[name])
+
+
+def _read(path: epath.Path, model: Classifier, example: np.ndarray) -> dict:
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), example))["params"]
+    try:
+        tensors = safetensors.numpy.load(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it, and the classifier is trained anew") from error
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    check_same_shapes(shapes_by_path(like), found, f"{path} does not hold this classifier; delete it")
+    return jax.tree_util.tree_map_with_path(lambda p, leaf: tensors[path_of(p)], like)

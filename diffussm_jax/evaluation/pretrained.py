@@ -1,0 +1,216 @@
+"""Published weights of the networks that scores are computed with: finding, reading and converting their files.
+
+Nothing that a file holds is executed: .pth is read by `torch.load(weights_only=True)`, .npz without pickles, and
+safetensors cannot hold code. All formats give the same tensors, by the names of one published layout, and the same
+SHA-256. `convert` writes them once as safetensors into the user's cache, where PyTorch is no longer needed.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from diffussm_jax.io import cache_folder, check_same_shapes, file_sha256, weights_hash, write_whole
+
+Tensors = dict[str, np.ndarray]
+
+_PYTORCH = (".pth", ".pt")
+SUFFIXES = (*_PYTORCH, ".safetensors", ".npz")
+_FORMAT = "diffussm_jax.pretrained"
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth?")  # the convention of torch.hub
+_SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_ERRORS_OF_TORCH = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError),
+    *(OSError, EOFError, KeyError, IndexError, AttributeError),
+)
+_IGNORED = ".num_batches_tracked"  # PyTorch's counter in BatchNorm
+
+
+class Published(NamedTuple):
+    """The weights of a network as its authors published them.
+
+    Attributes:
+      name: of the network, such as "inception".
+      tensor_shapes: () -> the names and shapes of all tensors.
+      where: to get them.
+      renamed: tensors of any known layout -> the same by the names above.
+      other_network: names and shapes of a file that does not fit -> what it holds, or "".
+    """
+
+    name: str
+    tensor_shapes: Callable[[], dict[str, tuple[int, ...]]]
+    where: str
+    renamed: Callable[[Tensors], Tensors] = dict
+    other_network: Callable[[Mapping[str, tuple[int, ...]]], str] = lambda shapes: ""
+
+
+def read_published(network: Published, path: epath.PathLike | None = None) -> tuple[Tensors, str]:
+    """Reads the weights of a network.
+
+    Args:
+      network: `inception.PUBLISHED` or `dinov2.PUBLISHED`.
+      path: a .pth, .safetensors or .npz file. By default the file that `convert` wrote.
+
+    Returns:
+      the tensors, float32, and the SHA-256 of their names, shapes and values, which does not depend on the format.
+
+    Raises:
+      FileNotFoundError: there is no such file. The message says where to get it.
+      ValueError: the file is damaged, of an unknown format, needs PyTorch, or holds another network.
+    """
+    path = find_weights(network, path)
+    tensors, metadata = _read_file(path)
+    tensors = network.renamed({k: x for k, x in tensors.items() if not k.endswith(_IGNORED)})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    expected = network.tensor_shapes()
+    if shapes != expected:
+        other = network.other_network(shapes)
+        message = f"{path} does not hold the weights of {network.name}" + (f": {other}" if other else "")
+        check_same_shapes(expected, shapes, message)
+    not_floats = [name for name, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]
+    if not_floats:
+        raise ValueError(f"{path}: these tensors are not of floating-point numbers: {sorted(not_floats)}")
+    tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    sha256 = weights_hash(tensors)
+    if metadata.get("format") == _FORMAT and metadata.get("sha256") != sha256:
+        raise ValueError(f"{path} is damaged: its tensors have the SHA-256 {sha256}, not {metadata.get('sha256')}")
+    return tensors, sha256
+
+
+def find_weights(network: Published, path: epath.PathLike | None = None) -> epath.Path:
+    """The file of a network's weights: the given one, or the one that `convert` wrote.
+
+    Raises:
+      FileNotFoundError: there is no such file. The message says where to get it.
+    """
+    found = epath.Path(path or converted_path(network))
+    if found.is_file():
+        return found
+    missing = f"there is no file {found}" if path else f"the weights of {network.name} are not at {found}"
+    raise FileNotFoundError(
+        f"{missing}. Get {network.where}. Then pass it as --weights=FILE, or convert it once: "
+        f"python -m diffussm_jax.evaluate --features={network.name} --convert=FILE"
+    )
+
+
+def convert(source: epath.PathLike, network: Published) -> Path:
+    """Writes the weights of a network as safetensors into the user's cache, where `find_weights` finds them.
+
+    Args:
+      source: as `read_published`.
+      network: `inception.PUBLISHED` or `dinov2.PUBLISHED`.
+
+    Returns:
+      The path of the file. Its metadata name the network, the source and the SHA-256 of both.
+
+    Raises:
+      FileNotFoundError: there is no such source.
+      ValueError: as `read_published`.
+    """
+    tensors, sha256 = read_published(network, source)
+    metadata = {
+        "format": _FORMAT,
+        "network": network.name,
+        "source": epath.Path(source).name,
+        "source_sha256": file_sha256(epath.Path(source)),
+        "sha256": sha256,
+    }
+    path = converted_path(network)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, safetensors.numpy.save(_contiguous(tensors), metadata=metadata))
+    return path
+
+
+def converted_path(network: Published) -> Path:
+    """Where `convert` writes, in `io.cache_folder`."""
+    return cache_folder() / "weights" / f"{network.name}.safetensors"
+
+
+def _contiguous(tensors: Tensors) -> Tensors:
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # safetensors writes a view's base
+
+
+def _read_file(path: epath.Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of a file and its metadata. A hash in the name, as in name-6726825d.pth, must be the file's."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"weights are read from {', '.join(SUFFIXES)} files, got {path}")
+    in_name = _HASH_IN_NAME.search(path.name)
+    if in_name and not (found := file_sha256(path)).startswith(in_name[1]):
+        raise ValueError(
+            f"{path} is damaged, or another file: its SHA-256 is {found}, and its name says {in_name[1]}...; "
+            "if that is no hash, rename it"
+        )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return (_read_pytorch(path) if path.suffix in _PYTORCH else _read_npz(path)), {}
+
+
+def _read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, Any]]:
+    try:
+        content = path.read_bytes()
+        entries = safetensors.deserialize(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            supported = ", ".join(_SAFETENSORS_DTYPES)
+            raise ValueError(f"{path}: tensor {name} is of dtype {entry['dtype']}; supported is {supported}")
+        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors, header.get("__metadata__") or {}
+
+
+def _read_npz(path: epath.Path) -> Tensors:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = dict(arrays)
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("not all of its files are arrays")
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        EOFError,
+        KeyError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise ValueError(f"{path} is damaged, or holds more than plain arrays, which are not read: {error}") from error
+    return found
+
+
+def _read_pytorch(path: epath.Path) -> Tensors:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"reading {path} needs PyTorch, which is not installed: `pip install torch`, or convert the file to "
+            "safetensors where PyTorch is"
+        ) from error
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file) and (broken := zipfile.ZipFile(file).testzip()):  # PyTorch does not check it
+                raise ValueError(f"the checksum of {broken} is wrong")
+            file.seek(0)
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except _ERRORS_OF_TORCH as error:
+        first_line = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged, or holds pickled objects other than tensors, which are not read: {first_line}"
+        ) from error
+    is_state_dict = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    if not is_state_dict or not all(isinstance(x, torch.Tensor) for x in found.values()):
+        raise ValueError(f"{path} must hold a state dict, tensors by name, got {found!r:.80}")
+    return {name: (x.float() if x.is_floating_point() else x).numpy() for name, x in found.items()}

@@ -1,0 +1,236 @@
+"""Reports of scores: JSON, a table in text, and one page of HTML; and the comparison of two sets of reports.
+
+Each has the protocol line: everything that a score depends on beside the model.
+"""
+
+import base64
+import html
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from scipy.special import ndtri, stdtrit
+
+from diffussm_jax.evaluation.scores import EqualSize, Score
+
+FORMAT = 1
+# Keys of a protocol that may differ between reports which are compared.
+_FREE = ("step", "seed", "checkpoint_sha256", "versions", "device", "sampling", "evaluations", "workdir", "model")
+_SHORT = 12  # hex digits of hashes in the line
+_TRAINING_SEEDS = 3  # by which a new training seed moves FID more than resampling; FACTS of several papers
+
+
+def make_report(
+    scores: Mapping[str, Score],
+    protocol: Mapping[str, Any],
+    *,
+    equal_sizes: Sequence[EqualSize] = (),
+    warnings: Sequence[str] = (),
+    neighbours: Mapping[str, Any] | None = None,
+) -> dict:
+    """A report as JSON can hold it."""
+    return {
+        "format": FORMAT,
+        "scores": {name: score._asdict() for name, score in scores.items()},
+        "equal_sizes": [row._asdict() for row in equal_sizes],
+        "neighbours": dict(neighbours or {}),
+        "warnings": list(warnings),
+        "protocol": dict(protocol),
+    }
+
+
+def check_report(report: Mapping, where: str) -> None:
+    """Raises ValueError if `report` is none of this format."""
+    if report.get("format") != FORMAT or not isinstance(report.get("scores"), dict) or "protocol" not in report:
+        raise ValueError(f"{where} is no report of format {FORMAT} of diffussm_jax.evaluate")
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """The protocol in one line of text: "num_samples=1000; labels=balanced; ..."."""
+
+    def text(key, value):
+        if isinstance(value, Mapping):
+            return "(" + ", ".join(f"{k}={text(k, v)}" for k, v in value.items()) + ")"
+        if key.endswith("sha256"):
+            return str(value)[:_SHORT]
+        if isinstance(value, list | tuple):
+            return "[" + ", ".join(map(str, value)) + "]"
+        return (
+            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999 else str(value)
+        )
+
+    return "; ".join(f"{key}={text(key, value)}" for key, value in protocol.items() if value not in ("", None, {}))
+
+
+def _digits(value: float, deviation: float) -> int:
+    """Decimals to print: two digits of the deviation."""
+    if not deviation > 0:
+        return 4
+    return min(max(1 - math.floor(math.log10(deviation)), 0), 6)
+
+
+def _row(name: str, score: Mapping) -> tuple[str, ...]:
+    decimals = _digits(score["value"], score["deviation"])
+    value, low, high = (f"{score[key]:.{decimals}f}" for key in ("value", "low", "high"))
+    return name, value, f"{low} ... {high}", f"{score['is_better']} is better"
+
+
+def _equal_row(row: Mapping) -> tuple[str, ...]:
+    decimals = _digits(row["mean"], row["deviation"])
+    return row["name"], f"{row['num_images']:,}", f"{row['mean']:.{decimals}f}", f"+- {row['deviation']:.{decimals}f}"
+
+
+def _tables(report: Mapping) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """(title, rows with a header) of each table."""
+    tables = [
+        ("Scores", [("score", "value", "95 % interval", ""), *(_row(*item) for item in report["scores"].items())]),
+    ]
+    if report["equal_sizes"]:
+        header = ("Fréchet distance to half of the real images", "images", "mean", "over random halves")
+        tables.append(("At equal numbers of images", [header, *map(_equal_row, report["equal_sizes"])]))
+    if tests := report["neighbours"].get("copy_tests"):
+        header = ("nearer to training than to held-out images", "fraction", "95 % interval without copies", "p")
+        rows = [
+            (
+                f"in {space}",
+                f"{t['fraction_nearer_to_training']:.3f}",
+                f"{t['low']:.3f} ... {t['high']:.3f}",
+                f"{t['p_value']:.3g}",
+            )
+            for space, t in tests.items()
+        ]
+        tables.append(("Copies", [header, *rows]))
+    return tables
+
+
+def text_report(report: Mapping) -> str:
+    """The report as text for a terminal."""
+    lines = []
+    for title, rows in _tables(report):
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["", title]
+        lines += [
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+    lines += ["", "Protocol", "  " + protocol_line(report["protocol"])]
+    lines += [f"\nWARNING: {warning}" for warning in report["warnings"]]
+    return "\n".join(lines).strip()
+
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left}
+.warning{background:#fff3cd;padding:.6em 1em}.protocol{font:13px/1.5 monospace;overflow-wrap:anywhere}
+img{max-width:100%;image-rendering:pixelated}"""
+
+
+def html_report(report: Mapping, pictures: Mapping[str, bytes], title: str) -> str:
+    """One page that needs no other file.
+
+    Args:
+      report: of `make_report`.
+      pictures: PNG files by their captions.
+      title: of the page.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [f'<p class="warning">{html.escape(warning)}</p>' for warning in report["warnings"]]
+    for name, (header, *rows) in _tables(report):
+        cells = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
+        cells += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+        parts.append(f"<h2>{name}</h2><table>{''.join(cells)}</table>")
+    if note := report["neighbours"].get("note"):
+        parts.append(f"<p>{html.escape(note)}</p>")
+    for caption, content in pictures.items():
+        data = base64.b64encode(content).decode()
+        parts.append(f'<h2>{html.escape(caption)}</h2><img src="data:image/png;base64,{data}" alt="">')
+    parts.append(f'<h2>Protocol</h2><p class="protocol">{html.escape(protocol_line(report["protocol"]))}</p>')
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+class Difference(NamedTuple):
+    """A score of B minus that of A.
+
+    Attributes:
+      score: its name.
+      a, b: means over the reports of each side.
+      difference: b - a.
+      low, high: its 95 % interval.
+      is_larger_than_noise: whether the interval leaves out 0.
+      noise: what the interval covers: "seeds" where both sides have several reports, else "resampling".
+    """
+
+    score: str
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    is_larger_than_noise: bool
+    noise: str
+
+
+def compare(a: Sequence[Mapping], b: Sequence[Mapping]) -> list[Difference]:
+    """Which scores differ by more than the noise.
+
+    With two or more reports on each side (seeds of sampling or of training) the noise is that between them (Welch's
+    interval); otherwise it is that of resampling the samples, which leaves out the training seed.
+
+    Raises:
+      ValueError: the protocols differ in more than what is compared, such as the number of samples or the reference.
+    """
+    protocols = [report["protocol"] for report in (*a, *b)]
+    first = protocols[0]
+    for other in protocols[1:]:
+        keys = [k for k in sorted(first.keys() | other.keys()) if k not in _FREE and first.get(k) != other.get(k)]
+        if keys:
+            differing = "; ".join(f"{key}: {first.get(key)!r} and {other.get(key)!r}" for key in keys)
+            raise ValueError(f"the reports have different protocols, so that their scores do not compare: {differing}")
+    names = [name for name in a[0]["scores"] if all(name in report["scores"] for report in (*a, *b))]
+    return [_difference(name, [r["scores"][name] for r in a], [r["scores"][name] for r in b]) for name in names]
+
+
+def _difference(name: str, a: Sequence[Mapping], b: Sequence[Mapping]) -> Difference:
+    means = [statistics.fmean(score["value"] for score in side) for side in (a, b)]
+    if min(len(a), len(b)) > 1:
+        errors = [statistics.variance([score["value"] for score in side]) / len(side) for side in (a, b)]
+        freedom = (
+            sum(errors) ** 2 / sum(e**2 / (len(s) - 1) for e, s in zip(errors, (a, b), strict=True))
+            if any(errors)
+            else 1
+        )
+        width, noise = stdtrit(freedom, 0.975) * math.sqrt(sum(errors)), "seeds"
+    else:
+        errors = [statistics.fmean(score["deviation"] ** 2 for score in side) / len(side) for side in (a, b)]
+        width, noise = ndtri(0.975) * math.sqrt(sum(errors)), "resampling"
+    d = means[1] - means[0]
+    return Difference(name, *means, d, d - width, d + width, bool(abs(d) > width), noise)
+
+
+def text_comparison(differences: Sequence[Difference]) -> str:
+    """A table of differences, and what their intervals leave out."""
+    rows = [("score", "A", "B", "B - A", "95 % interval", "")]
+    for d in differences:
+        decimals = _digits(d.difference, (d.high - d.low) / 4)
+        a, b, difference, low, high = (f"{value:.{decimals}f}" for value in (d.a, d.b, d.difference, d.low, d.high))
+        rows.append(
+            (
+                d.score,
+                a,
+                b,
+                difference,
+                f"{low} ... {high}",
+                "differs" if d.is_larger_than_noise else "within the noise",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if any(d.noise == "resampling" for d in differences):
+        lines.append(
+            "The noise is that of the samples alone. A new training seed is reported to move FID by about "
+            f"{_TRAINING_SEEDS} times as much: give several reports on each side to include it."
+        )
+    else:
+        lines.append("The noise is that between the reports of each side.")
+    return "\n".join(lines)
