@@ -10,7 +10,8 @@ A step of `:S` at batch size 128 on 64 x 64 pixels takes 21 T multiply-adds in t
 0.11 s on one H100 at 40 % MFU (computed, not measured, without the SSMs).
 """
 
-from diffussm_jax.config import AUTO_SPLIT, FROM_DATA, apply_size, default_config
+from diffussm_jax.config import apply_size, default_config
+from diffussm_jax.config_keys import AUTO_SPLIT, FROM_DATA
 
 
 def get_config(size="S"):

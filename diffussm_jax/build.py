@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from diffussm_jax import registry
 from diffussm_jax.build_data import DataParts
-from diffussm_jax.config import GUIDED_CHANNELS, sampling_name
+from diffussm_jax.config import sampling_name
+from diffussm_jax.config_keys import GUIDED_CHANNELS
 from diffussm_jax.diffusion import Objective
 from diffussm_jax.io import shapes_by_path
 from diffussm_jax.models import Backbone
@@ -67,6 +68,7 @@ class Parts(DataParts):
             registry.create("process", diffusion.schedule, diffusion),
             registry.create("target", diffusion.target, diffusion),
             diffusion.has_learned_variance,
+            registry.create("weighting", diffusion.weighting, diffusion),
         )
 
     @functools.cached_property
@@ -80,7 +82,10 @@ class Parts(DataParts):
             input_shape=self.input_shape,
             mesh=self.mesh,
             clip_x_0=self.config.diffusion.clip_x_0,
+            time_grid=sampling.time_grid,
+            dynamic_threshold=sampling.dynamic_threshold,
             guidance_scale=sampling.guidance_scale,
+            guidance_rescale=sampling.guidance_rescale,
             num_guided_channels=GUIDED_CHANNELS[sampling.guided_channels],
             guidance_interval=tuple(sampling.guidance_interval),
         )

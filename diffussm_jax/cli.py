@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from diffussm_jax import config as config_lib
 from diffussm_jax import migrations
+from diffussm_jax.io import cache_folder
 from diffussm_jax.options import flatten
 
 # Exit code after SIGTERM and a save (EX_TEMPFAIL of <sysexits.h>). The launch scripts repeat the command to resume.
@@ -30,8 +31,8 @@ PREEMPTED = 75
 CRASHED = 70
 
 
-def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, num_arguments: int = 0) -> None:
-    """Parses the flags, calls `main` with the other `num_arguments` arguments, and exits with its code.
+def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, num_arguments: int | None = 0) -> None:
+    """Parses the flags, calls `main` with the other `num_arguments` arguments (None: any), and exits with its code.
 
     Programs that can be imported together need `flag_values` of their own, so that flag names do not collide.
 
@@ -43,7 +44,7 @@ def run(main: Callable[..., int], flag_values: flags.FlagValues = flags.FLAGS, n
 
     def start(argv: list[str]) -> int:
         flag_values.mark_as_parsed()
-        if len(argv) != 1 + num_arguments:
+        if num_arguments is not None and len(argv) != 1 + num_arguments:
             raise app.UsageError(f"expected {num_arguments} arguments apart from flags, got {argv[1:]}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
@@ -159,7 +160,7 @@ def keep_freed_memory() -> None:
 def define_checkpoint(flag_values: flags.FlagValues) -> tuple[flags.FlagHolder, flags.FlagHolder]:
     """Defines --checkpoint and --ema_sigma, which `load_run` takes."""
     checkpoint = flags.DEFINE_string(
-        "checkpoint", "latest", "latest, best (by held-out loss), or a step.", flag_values=flag_values
+        "checkpoint", "latest", "latest, best (by config.best_metric), or a step.", flag_values=flag_values
     )
     ema_sigma = flags.DEFINE_float(
         "ema_sigma",
@@ -168,6 +169,17 @@ def define_checkpoint(flag_values: flags.FlagValues) -> tuple[flags.FlagHolder, 
         flag_values=flag_values,
     )
     return checkpoint, ema_sigma
+
+
+def define_guide(flag_values: flags.FlagValues) -> flags.FlagHolder:
+    """Defines --guide, which `load_run` takes."""
+    return flags.DEFINE_string(
+        "guide",
+        None,
+        "Autoguidance: a weaker model, the STEP of an earlier checkpoint or the WORKDIR[:STEP] of another run, takes "
+        "the place of the unconditional prediction.",
+        flag_values=flag_values,
+    )
 
 
 def define_compilation_cache(flag_values: flags.FlagValues) -> flags.FlagHolder:
@@ -192,8 +204,7 @@ def use_compilation_cache(value: str) -> None:
     elif value != "auto":
         jax.config.update("jax_compilation_cache_dir", value)
     elif jax.config.jax_compilation_cache_dir is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "diffussm_jax" / _processor()))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / _processor()))
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffussm_jax.build_data import open_data
-from diffussm_jax.config import AUTO_SPLIT, FROM_DATA
+from diffussm_jax.config_keys import AUTO_SPLIT, FROM_DATA
 from diffussm_jax.data.decoding import BrokenImage
 from diffussm_jax.data.holdout import held_out
 from diffussm_jax.data.sources import Source

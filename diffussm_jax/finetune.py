@@ -16,11 +16,10 @@ from ml_collections import ConfigDict
 
 from diffussm_jax.io import path_of, shapes_by_path
 from diffussm_jax.options import flatten
-from diffussm_jax.run import load_run
+from diffussm_jax.run import load_run, split_checkpoint
 from diffussm_jax.training.task import Task
 from diffussm_jax.validation import known_options
 
-_CHECKPOINTS = ("latest", "best")
 _COMPARED = ("model.", "diffusion.", "data.downsampling", "data.scaling_factor", "data.num_channels")
 _MIN_LOADED = 0.5  # of the parameters
 
@@ -34,14 +33,6 @@ def starting_from(task: Task, config: ConfigDict) -> Task:
     if not hasattr(task, "initialize"):
         raise ValueError(f"config.init_from = {config.init_from!r}: the task {config.task.name!r} cannot start from it")
     return dataclasses.replace(task, initialize=lambda fresh: initial_params(fresh, config, task.mesh))
-
-
-def parse_init_from(value: str) -> tuple[str, str]:
-    """Parses WORKDIR[:CHECKPOINT] to (folder, checkpoint); a checkpoint is a step, "latest" or "best"."""
-    folder, colon, checkpoint = value.rpartition(":")
-    if colon and (checkpoint.isdecimal() or checkpoint in _CHECKPOINTS):
-        return folder, checkpoint
-    return value, "latest"
 
 
 def initial_params(fresh: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
@@ -61,7 +52,7 @@ def initial_params(fresh: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> A
       FileNotFoundError: there is no such run or export.
       ValueError: it is damaged, or fewer than half of the parameters could be loaded.
     """
-    folder, checkpoint = parse_init_from(config.init_from)
+    folder, checkpoint = split_checkpoint(config.init_from)
     other = load_run(folder, checkpoint, has_decoder=False, mesh=mesh)
     loaded = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(other.params)}
     report = compare(shapes_by_path(fresh), shapes_by_path(other.params))

@@ -16,6 +16,7 @@ What a component of each kind is called with, beside its options, and what it mu
     conditioner  num_classes, width, dtype    `models.conditioners.Conditioner`, made inside the model
     process                                   `diffusion.Process`
     target                                    `diffusion.Target`
+    weighting                                 `diffusion.Weighting` of the loss, or None
     sampler                                   `diffusion.Sampler`
     source       path, split                  `data.sources.Source` of images; or records of latents with a
                                               `card` and `holds_latents = True`, as `data.latents.Latents`
@@ -37,14 +38,21 @@ from diffussm_jax.data.sources import Digits, open_source
 from diffussm_jax.diffusion import (
     DDIM,
     DDPM,
+    GVP,
+    P2,
     X0,
+    DPMSolverPP,
+    Euler,
     Heun,
+    MinSNR,
     Noise,
     RectifiedFlow,
+    UniPC,
     V,
     Velocity,
     cosine_schedule,
     linear_schedule,
+    unweighted,
 )
 from diffussm_jax.models import DiffuSSM
 from diffussm_jax.models.conditioners import LabelEmbed
@@ -52,7 +60,7 @@ from diffussm_jax.models.mixers import S4D
 from diffussm_jax.options import Option, check_names, options_of
 from diffussm_jax.training.diffusion_task import diffusion
 
-KINDS = ("task", "model", "mixer", "conditioner", "process", "target", "sampler", "source", "hook")
+KINDS = ("task", "model", "mixer", "conditioner", "process", "target", "weighting", "sampler", "source", "hook")
 _COMPONENTS: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
 
@@ -136,13 +144,20 @@ register("conditioner", "label", LabelEmbed)
 register("process", "linear", linear_schedule)
 register("process", "cosine", cosine_schedule)
 register("process", "rectified_flow", RectifiedFlow)
+register("process", "gvp", GVP)
 register("target", "noise", Noise)
 register("target", "x_0", X0)
 register("target", "v", V)
 register("target", "velocity", Velocity)
+register("weighting", "none", unweighted)
+register("weighting", "min_snr", MinSNR)
+register("weighting", "p2", P2)
 register("sampler", "ddpm", DDPM)
 register("sampler", "ddim", DDIM)
 register("sampler", "heun", Heun)
+register("sampler", "euler", Euler)
+register("sampler", "dpm_solver", DPMSolverPP)
+register("sampler", "unipc", UniPC)
 register("source", "digits", Digits)
 register("source", "images", open_source)
 register("source", "latents", Latents)

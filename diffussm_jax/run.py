@@ -23,11 +23,12 @@ from ml_collections import ConfigDict
 from diffussm_jax import config as config_lib
 from diffussm_jax.build import Parts
 from diffussm_jax.data.codec import Codec
-from diffussm_jax.diffusion import Prediction
-from diffussm_jax.io import check_path, read_json
+from diffussm_jax.diffusion import Prediction, Process
+from diffussm_jax.io import check_path, read_json, shapes_by_path
 from diffussm_jax.models import Backbone
+from diffussm_jax.models.sampling import Generator
 from diffussm_jax.parallel.mesh import make_mesh, replicated
-from diffussm_jax.training.checkpoint import Best, Checkpointer
+from diffussm_jax.training.checkpoint import Checkpointer
 from diffussm_jax.training.loop import CONFIG_NAME
 from diffussm_jax.training.posthoc_ema import Snapshots
 from diffussm_jax.validation import validate
@@ -42,11 +43,13 @@ class Run:
       parts: the objects that the config describes.
       params: of the model.
       step: of the checkpoint.
+      guide: a run whose model guides samples in place of the unconditional prediction (autoguidance).
     """
 
     parts: Parts
     params: dict
     step: int
+    guide: "Run | None" = None
 
     @property
     def config(self) -> ConfigDict:
@@ -60,6 +63,12 @@ class Run:
     def codec(self) -> Codec:
         """Between images and x_0."""
         return self.parts.codec
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        """`parts.generator`, guided by the guide if there is one."""
+        generator = self.parts.generator
+        return generator if self.guide is None else dataclasses.replace(generator, guide=self.guide.parts.generator)
 
     @functools.cached_property
     def _denoise(self) -> Callable:
@@ -103,24 +112,43 @@ class Run:
           ValueError: a label or an option is not allowed.
           FloatingPointError: images have values that are not finite.
         """
-        parts = self.with_sampling(**sampling).parts if sampling else self.parts
+        run = self.with_sampling(**sampling) if sampling else self
         all_labels = choose_labels(labels, num_samples, self.config.data.num_classes)
         batch_size, images = min(batch_size, num_samples), []
         for i, start in enumerate(range(0, num_samples, batch_size)):
-            condition = self.model.example_condition(batch_size)
-            if "label" in condition:  # one shape, one compilation
-                condition["label"] = np.resize(all_labels[start : start + batch_size], batch_size)
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            x_0 = parts.generator(self.params, condition, batch_size, key)
-            try:
-                images.append(self.codec.decode(x_0)[: num_samples - start])
-            except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"sampling failed in batch {i}: {error}. With config.sampling.guidance_scale = "
-                    f"{parts.config.sampling.guidance_scale}; try a smaller one, more steps, or another checkpoint"
-                ) from error
+            of_batch = all_labels[start : start + batch_size]
+            images.append(run.sample_batch(of_batch, i, seed=seed, batch_size=batch_size))
             progress(len(images[-1]))
         return np.concatenate(images), all_labels
+
+    def sample_batch(self, labels: np.ndarray, index: int, *, seed: int, batch_size: int) -> np.ndarray:
+        """The images of batch number `index` of `sample`, which depend on no other batch.
+
+        Args:
+          labels: [n] int32 with n <= batch_size; zeros for an unconditional model.
+          index: of the batch.
+          seed: of the noise.
+          batch_size: images that are drawn; the first n are returned.
+
+        Returns:
+          [n, H, W, C] uint8.
+
+        Raises:
+          FloatingPointError: as `sample`.
+        """
+        condition = self.model.example_condition(batch_size)
+        if "label" in condition:  # one shape, one compilation
+            condition["label"] = np.resize(labels, batch_size)
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        params = self.params if self.guide is None else (self.params, self.guide.params)
+        x_0 = self._generator(params, condition, batch_size, key)
+        try:
+            return self.codec.decode(x_0)[: len(labels)]
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"sampling failed in batch {index}: {error}. With config.sampling.guidance_scale = "
+                f"{self.config.sampling.guidance_scale}; try a smaller one, more steps, or another checkpoint"
+            ) from error
 
     def with_sampling(self, **sampling) -> "Run":
         """The same run with other values of `config.sampling`.
@@ -131,7 +159,7 @@ class Run:
         key = tuple(sorted(sampling.items()))
         if key not in self._variants:  # each compiles a program of its own
             config = config_lib.override(self.config, _dotted(sampling))
-            validate(config)
+            validate(config, has_guide=self.guide is not None)
             self._variants[key] = dataclasses.replace(self, parts=dataclasses.replace(self.parts, config=config))
         return self._variants[key]
 
@@ -182,6 +210,7 @@ def load_run(
     checkpoint: str | int = "latest",
     *,
     ema_sigma: float | None = None,
+    guide: str | int | None = None,
     vae: str | None = None,
     has_decoder: bool = True,
     mesh: Mesh | None = None,
@@ -194,6 +223,9 @@ def load_run(
       checkpoint: "latest", "best" or a step.
       ema_sigma: relative standard deviation of a post-hoc EMA (`training.posthoc_ema`), for a run that stored averages;
         the checkpoint's own average if None.
+      guide: a weaker model, for autoguidance (arXiv 2406.02507): "STEP" of an earlier checkpoint of this run, or
+        "WORKDIR[:STEP]" of another run or export on the same data and process. With `guidance_scale` w the prediction
+        is guide + w (model - guide), both with the condition.
       vae: a diffusers folder or repository of the autoencoder that decodes latents; the config's if None.
       has_decoder: whether latents will be decoded to images; if not, no autoencoder is needed.
       mesh: the devices, each of which gets all parameters; if None, all devices.
@@ -206,7 +238,7 @@ def load_run(
     config = config_lib.override(read_config(workdir), _dotted(sampling))
     config.data.vae = vae or config.data.vae
     config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-    validate(config)
+    validate(config, has_guide=guide is not None)
     mesh = mesh or make_mesh()
     parts = Parts(config, mesh, has_decoder)
     if not parts.trains_model:
@@ -221,7 +253,7 @@ def load_run(
             raise ValueError(f"{workdir} is an export, and holds one set of weights: choose neither checkpoint nor EMA")
         params, step = read_weights(workdir, like)
     elif ema_sigma is None:
-        best = Best(config.best_metric, config.best_mode)
+        best = config_lib.best_checkpoint(config)
         with contextlib.closing(Checkpointer(workdir, best=best, is_read_only=True)) as checkpointer:
             step = checkpointer.resolve(str(checkpoint))
             params = checkpointer.restore_ema(step, like)
@@ -229,7 +261,46 @@ def load_run(
         with contextlib.closing(Snapshots(workdir, is_read_only=True)) as snapshots:
             step = snapshots.resolve(_snapshot_step(str(checkpoint)))
             params = snapshots.reconstruct(ema_sigma, like, step=step)
-    return Run(parts, params, step)
+    return Run(parts, params, step, None if guide is None else _load_guide(parts, str(guide), workdir))
+
+
+def _load_guide(parts: Parts, guide: str, workdir: epath.PathLike) -> Run:
+    place = (workdir, guide) if guide.isdecimal() else split_checkpoint(guide)
+    found = load_run(*place, has_decoder=False, mesh=parts.mesh)
+    _check_guide(parts, found.parts, f"guide = {guide!r}")
+    return found
+
+
+def split_checkpoint(value: str) -> tuple[str, str]:
+    """Parses WORKDIR[:CHECKPOINT] to (folder, checkpoint); a checkpoint is a step, "latest" or "best"."""
+    folder, colon, checkpoint = value.rpartition(":")
+    if colon and (checkpoint.isdecimal() or checkpoint in ("latest", "best")):
+        return folder, checkpoint
+    return value, "latest"
+
+
+def _check_guide(parts: Parts, other: Parts, name: str) -> None:
+    """Raises ValueError unless the models of both see the same inputs, conditions and process."""
+
+    def levels(process: Process) -> np.ndarray:
+        times = process.times(process.num_steps or 1000)
+        return np.stack([times, process.alpha(times), process.sigma(times)])
+
+    def conditions(parts: Parts) -> dict:
+        return {"num_classes": parts.config.data.num_classes, **shapes_by_path(parts.model.example_condition(1))}
+
+    for what, ours, its in (
+        ("inputs", parts.input_shape, other.input_shape),
+        ("conditions", conditions(parts), conditions(other)),
+    ):
+        if ours != its:
+            raise ValueError(f"{name} cannot guide this run: its {what} are {its}, the run's {ours}")
+    ours, its = levels(parts.objective.process), levels(other.objective.process)
+    if ours.shape != its.shape or not np.allclose(ours, its, rtol=0, atol=1e-6):
+        raise ValueError(
+            f"{name} cannot guide this run: its process is {other.config.diffusion.schedule} with other noise levels, "
+            f"the run's {parts.config.diffusion.schedule}"
+        )
 
 
 def _snapshot_step(checkpoint: str) -> int | None:

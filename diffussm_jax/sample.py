@@ -11,7 +11,8 @@ from etils import epath
 from tqdm import tqdm
 
 from diffussm_jax import cli
-from diffussm_jax.config import MAX_SEED, sampling_name
+from diffussm_jax.config import sampling_name
+from diffussm_jax.config_keys import MAX_SEED
 from diffussm_jax.data.transforms import image_grid, save_png
 from diffussm_jax.io import check_writable
 from diffussm_jax.run import Run, load_run
@@ -39,6 +40,7 @@ _OUT = flags.DEFINE_string(
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=MAX_SEED, flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per batch.", lower_bound=1, flag_values=_FLAGS)
 _CHECKPOINT, _EMA_SIGMA = cli.define_checkpoint(_FLAGS)
+_GUIDE = cli.define_guide(_FLAGS)
 _COMPILATION_CACHE = cli.define_compilation_cache(_FLAGS)
 _VAE = flags.DEFINE_string("vae", None, "Autoencoder that decodes latents. Default: config.", flag_values=_FLAGS)
 
@@ -63,7 +65,8 @@ def check_outputs(out: epath.PathLike) -> None:
 def default_out(workdir: epath.PathLike, run: Run, seed: int, ema_sigma: float | None = None) -> epath.Path:
     """A path in WORKDIR/samples that says how images are sampled, and at which no file is yet."""
     of_ema = "" if ema_sigma is None else f"_ema{ema_sigma:g}"
-    name = f"step_{run.step:08d}{of_ema}_{sampling_name(run.config, seed)}_samples"
+    of_guide = "" if run.guide is None else f"_guide{run.guide.step}"
+    name = f"step_{run.step:08d}{of_ema}{of_guide}_{sampling_name(run.config, seed)}_samples"
     names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
     paths = (epath.Path(workdir) / "samples" / name for name in names)
     return next(path for path in paths if not any(output.exists() for output in output_paths(path)))
@@ -99,9 +102,12 @@ def main() -> int:
         _WORKDIR.value,
         _CHECKPOINT.value,
         ema_sigma=_EMA_SIGMA.value,
+        guide=_GUIDE.value,
         vae=_VAE.value,
         **{key: value for key, value in overrides.items() if value is not None},
     )
+    if run.guide is not None and run.config.sampling.guidance_scale == 1:
+        raise ValueError("--guide does nothing with config.sampling.guidance_scale = 1: give a larger --guidance_scale")
     out = _OUT.value or default_out(_WORKDIR.value, run, _SEED.value, _EMA_SIGMA.value)
     check_outputs(out)
     with tqdm(total=_NUM_SAMPLES.value, unit="image", dynamic_ncols=True) as bar:

@@ -9,14 +9,15 @@ from ml_collections import ConfigDict
 from diffussm_jax import config as config_lib
 from diffussm_jax import migrations, registry
 from diffussm_jax.build import Parts
+from diffussm_jax.config_keys import GROUPS, GUIDED_CHANNELS, General
 from diffussm_jax.data_config import left_to_data
-from diffussm_jax.diffusion import check_guidance
+from diffussm_jax.diffusion import TIME_GRIDS, check_guidance
 from diffussm_jax.options import Option, flatten, options_of
 from diffussm_jax.parallel.mesh import mesh_shape
 from diffussm_jax.parallel.sharding import spec_of
 
 # Groups whose keys may all change on resume.
-_CHANGEABLE_GROUPS = ("sampling", "mesh", "hooks")
+_CHANGEABLE_GROUPS = ("sampling", "scores", "mesh", "hooks")
 
 
 def known_options(config: ConfigDict) -> dict[str, Option]:
@@ -25,8 +26,8 @@ def known_options(config: ConfigDict) -> dict[str, Option]:
     Raises:
       ValueError: there is no component of a chosen name.
     """
-    found = {key: option for key, option in options_of(config_lib.General).items()}
-    for group, keys in config_lib.GROUPS.items():
+    found = {key: option for key, option in options_of(General).items()}
+    for group, keys in GROUPS.items():
         found |= {f"{group}.{key}": option for key, option in options_of(keys).items()}
     for key, kind, group in config_lib.chosen(config):
         path = key.rpartition(".")[0]
@@ -38,12 +39,13 @@ def known_options(config: ConfigDict) -> dict[str, Option]:
     return found
 
 
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
+def validate(config: ConfigDict, num_devices: int = 1, *, has_guide: bool = False) -> None:
     """Checks a whole config, in milliseconds; a mesh that splits parameters takes a second.
 
     Args:
       config: in the form of `default_config()`; keys that are missing have their defaults.
       num_devices: how many devices there are.
+      has_guide: whether samples are guided by another model, which needs no null condition.
 
     Raises:
       ValueError: a key is unknown, or a value is not allowed or does not fit another or the devices. The
@@ -63,7 +65,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         if key not in values:
             raise ValueError(f"config.{key} must be a {option.type.__name__}, and is a group")
         option.check(f"config.{key}", values[key])
-    _check_combinations(config, num_devices)
+    _check_combinations(config, num_devices, has_guide)
 
 
 def _check_keys(config: ConfigDict, values: Mapping, known: Mapping) -> None:
@@ -80,7 +82,7 @@ def _check_keys(config: ConfigDict, values: Mapping, known: Mapping) -> None:
     config_lib.check_keys(values, known)
 
 
-def _check_combinations(config: ConfigDict, num_devices: int) -> None:
+def _check_combinations(config: ConfigDict, num_devices: int, has_guide: bool) -> None:
     data, sampling = config.data, config.sampling
     if config.eval_every and not (data.eval_split or data.holdout):
         raise ValueError(
@@ -104,7 +106,7 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
         )
     if data.random_crop and not getattr(registry.component("source", data.source), "is_croppable", True):
         raise ValueError(f"config.data.random_crop is for the source images, not {data.source}")
-    if sampling.guidance_scale != 1:
+    if sampling.guidance_scale != 1 and not has_guide:
         dropouts = {key: group.get("dropout", 1) for key, group in parts.condition_groups.items()}
         if not dropouts or not all(dropouts.values()):
             raise ValueError(
@@ -113,8 +115,8 @@ def _check_combinations(config: ConfigDict, num_devices: int) -> None:
                 "config.conditioners"
             )
     _explain("config.diffusion", lambda: parts.objective)
-    _explain("config.sampling", lambda: parts.objective.process.times(sampling.num_steps))
-    channels = config_lib.GUIDED_CHANNELS[sampling.guided_channels]
+    _explain("config.sampling", lambda: TIME_GRIDS[sampling.time_grid](parts.objective.process, sampling.num_steps))
+    channels = GUIDED_CHANNELS[sampling.guided_channels]
     guidance = (sampling.guidance_scale, sampling.guidance_interval, channels, data.num_channels)
     _explain("config.sampling", lambda: check_guidance(*guidance))
     _explain("config.model", lambda: parts.model.check(parts.input_shape))

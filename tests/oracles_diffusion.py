@@ -1,6 +1,7 @@
 """What a diffusion process should compute, in NumPy float64, written from the papers and not from the package.
 
-DDPM is arXiv 2006.11239, Improved DDPM arXiv 2102.09672, DDIM arXiv 2010.02502, rectified flow arXiv 2209.03003. Where
+DDPM is arXiv 2006.11239, Improved DDPM arXiv 2102.09672, DDIM arXiv 2010.02502, rectified flow arXiv 2209.03003, SiT
+arXiv 2401.08740, the schedules with a terminal SNR of zero arXiv 2305.08891 (Lin et al.). Where
 the papers leave a choice, it is that of ADM (arXiv 2105.05233) and DiT (arXiv 2212.09748): the posterior variance at
 t = 0 is replaced by that at t = 1, the normal distribution function is the tanh approximation, the VLB term is in bits
 per dimension and has weight 1.
@@ -53,9 +54,22 @@ def cosine_betas(num_steps):
     return np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(values)])
 
 
+def zero_terminal_snr_betas(betas):
+    """Lin et al., algorithm 1, one line after the other."""
+    alphas = [1 - beta for beta in betas]
+    sqrt_alpha_bar = [math.sqrt(math.prod(alphas[: i + 1])) for i in range(len(alphas))]
+    first, last = sqrt_alpha_bar[0], sqrt_alpha_bar[-1]
+    shifted = [value - last for value in sqrt_alpha_bar]
+    scaled = [value * first / (first - last) for value in shifted]
+    alpha_bars = [value**2 for value in scaled]
+    alphas = [alpha_bars[0], *(now / before for before, now in itertools.pairwise(alpha_bars))]
+    return np.array([1 - alpha for alpha in alphas])
+
+
 def log_alpha_bar(betas, t):
     """The logarithm of the product of 1 - beta up to and with t; 0 for t = -1."""
-    return np.append(0.0, np.cumsum(np.log1p(-betas)))[np.asarray(t) + 1]
+    with np.errstate(divide="ignore"):  # a last beta of 1
+        return np.append(0.0, np.cumsum(np.log1p(-betas)))[np.asarray(t) + 1]
 
 
 def alpha_bar(betas, t):
@@ -100,6 +114,12 @@ def flow_step(t, before):
     return Step(1 - t, t, 1 - before, before, t**2 - (slope * before) ** 2)
 
 
+def gvp_step(t, before):
+    """From t to `before` on SiT's GVP path, a quarter of a circle."""
+    alpha, sigma, alpha_before, sigma_before = (f(np.pi / 2 * s) for s in (t, before) for f in (np.cos, np.sin))
+    return Step(alpha, sigma, alpha_before, sigma_before, sigma**2 - (alpha / alpha_before * sigma_before) ** 2)
+
+
 def q_sample(step, x_0, noise):
     """DDPM, equation 4."""
     x_0, noise = float64(x_0, noise)
@@ -137,6 +157,7 @@ TARGETS = {
     "x_0": lambda alpha, sigma: (0 * alpha + 1, 0 * alpha),
     "v": lambda alpha, sigma: (-sigma, alpha),
     "velocity": lambda alpha, sigma: (0 * alpha - 1, 0 * alpha + 1),
+    "velocity of GVP": lambda alpha, sigma: (-np.pi / 2 * sigma, np.pi / 2 * alpha),
 }
 
 

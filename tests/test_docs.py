@@ -29,7 +29,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")])
 # README first, and data.md, which makes latents, before bench.md, which reads them.
-WITH_BLOCKS = [ROOT / "README.md", ROOT / "docs/data.md", *sorted(ROOT.glob("docs/[!d]*.md"))]
+WITH_BLOCKS = [ROOT / "README.md", ROOT / "docs/data.md"]
+WITH_BLOCKS += sorted({*ROOT.glob("docs/*.md")} - {*WITH_BLOCKS})
 BLOCK = re.compile(r"(?P<notes>(?:<!-- [^\n]* -->\n)*)```(?P<language>bash|python)\n(?P<code>.*?)^```$", re.M | re.S)
 NOTE = re.compile(r"<!-- (?:(?P<kind>not run|command)|short (?P<program>[a-z_ ]+)): (?P<text>.*) -->")
 DIGITS_RUN = "DIFFUSSM_DIGITS_RUN"  # the folder of a trained run, if there is one

@@ -41,12 +41,13 @@ def short_config(*modules):
 
 
 def everything_else():
-    """Source, process, target, sampler, mixer, conditioner and hook in one run."""
-    config = short_config("source", "process", "target", "sampler", "mixer", "conditioner", "hook")
+    """Source, process, target, weighting, sampler, mixer, conditioner and hook in one run."""
+    config = short_config("source", "process", "target", "weighting", "sampler", "mixer", "conditioner", "hook")
     choose(config, "data.source", "stripes")
     config.data.num_images, config.data.num_classes = 48, 2
     choose(config, "diffusion.schedule", "trigonometric")
     choose(config, "diffusion.target", "scaled_score")
+    choose(config, "diffusion.weighting", "sigmoid")
     config.diffusion.has_learned_variance = False
     choose(config, "sampling.sampler", "adams_bashforth")
     choose(config, "model.mixer.name", "short_convolution")

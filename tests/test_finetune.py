@@ -13,8 +13,8 @@ from diffussm_jax.config import load_config, override
 from diffussm_jax.data.sources import DIGITS_SPLITS, Digits
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.export import export
-from diffussm_jax.finetune import parse_init_from
 from diffussm_jax.io import path_of
+from diffussm_jax.run import split_checkpoint
 from diffussm_jax.training.loop import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -74,8 +74,8 @@ def test_a_step_or_an_export_can_be_chosen(tiny_run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, start(changed(f"{tiny_run}:8")).params, step.params)
     export(step, tmp_path / "export")
     jax.tree.map(np.testing.assert_array_equal, start(changed(tmp_path / "export")).params, step.params)
-    assert parse_init_from("gs://bucket/runs/a") == ("gs://bucket/runs/a", "latest")
-    assert parse_init_from("gs://bucket/runs/a:best") == ("gs://bucket/runs/a", "best")
+    assert split_checkpoint("gs://bucket/runs/a") == ("gs://bucket/runs/a", "latest")
+    assert split_checkpoint("gs://bucket/runs/a:best") == ("gs://bucket/runs/a", "best")
 
 
 def test_a_resume_does_not_read_it_again(tiny_run, tmp_path):

@@ -1,7 +1,8 @@
 """The training objective: what is drawn, what is compared, and how a model's output is read in sampling.
 
-The loss is the mean squared error on the target. With a learned variance (Improved DDPM, arXiv 2102.09672, section 3.1)
-the model returns 2C channels. The second half is v in [-1, 1], which interpolates the log variance of the reverse step,
+The loss is the mean squared error on the target, times a weight (`weightings`). With a learned variance (Improved DDPM,
+arXiv 2102.09672, section 3.1) the model returns 2C channels. The second half is v in [-1, 1], which interpolates the
+log variance of the reverse step,
 
     log_variance = f log_variance_max + (1 - f) log_variance_min,    f = (v + 1) / 2, not clipped,
 
@@ -20,8 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffussm_jax.diffusion.processes import Process, Reverse, q_posterior, q_sample
+from diffussm_jax.diffusion.processes import Process, Reverse, q_posterior, q_sample, scales
 from diffussm_jax.diffusion.targets import Target
+from diffussm_jax.diffusion.weightings import Weighting
+
+_MAX_SNR = 1e12
 
 
 class Prediction(NamedTuple):
@@ -51,12 +55,13 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Process, target and loss.
+    """Process, target and loss. Training and the held-out loss use the same weighting.
 
     Attributes:
       process: the forward process.
       target: what the model predicts.
       has_learned_variance: whether the model returns 2C channels.
+      weighting: of the mean squared error, not of the variational bound; None is a weight of 1.
 
     Raises:
       ValueError: the variance is to be learned in continuous time, or the target divides by an alpha that reaches 0.
@@ -65,6 +70,7 @@ class Objective:
     process: Process
     target: Target
     has_learned_variance: bool = True
+    weighting: Weighting | None = None
 
     def __post_init__(self):
         name = type(self.process).__name__
@@ -113,6 +119,17 @@ class Objective:
         reverse = self.process.reverse(self.process.times(self.process.num_steps))
         return Reverse(*(values[::-1] for values in reverse))
 
+    def weight(self, t: jax.Array) -> jax.Array:
+        """Weights [B] of the mean squared error at times t [B].
+
+        An error e of the target is an error c e of the predicted x_0, whose weight is that of `weighting`.
+        """
+        if self.weighting is None:
+            return jnp.ones(t.shape)
+        c, _ = self.target.predict(self.process, jnp.ones(t.shape), jnp.zeros(t.shape), t)
+        alpha, sigma = scales(self.process, t, 1)
+        return c**2 * self.weighting(jnp.minimum((alpha / sigma) ** 2, _MAX_SNR))
+
     def losses(self, apply: Callable[[jax.Array, jax.Array], jax.Array], drawn: Drawn) -> dict[str, jax.Array]:
         """The loss of each example.
 
@@ -121,7 +138,7 @@ class Objective:
           drawn: the batch.
 
         Returns:
-          "loss" and "mse", and with a learned variance "vlb", each [B] float32; loss = mse + vlb.
+          "loss" and "mse", and with a learned variance "vlb", each [B] float32; loss = weight mse + vlb.
 
         Raises:
           ValueError: the output has another number of channels.
@@ -131,11 +148,12 @@ class Objective:
         predicted, raw_variance = self._split(apply(x_t, self.process.model_time(t)), x_0.shape[-1])
         target = self.target.make(self.process, x_0, noise, t)
         mse = jnp.mean((target - predicted) ** 2, range(1, x_0.ndim))
+        loss = mse if self.weighting is None else self.weight(t) * mse
         if raw_variance is None:
-            return {"loss": mse, "mse": mse}
+            return {"loss": loss, "mse": mse}
         frozen = self._prediction(jax.lax.stop_gradient(predicted), raw_variance, x_t, t)
         vlb = self._variational_bound(frozen, x_0, x_t, t)
-        return {"loss": mse + vlb, "mse": mse, "vlb": vlb}
+        return {"loss": loss + vlb, "mse": mse, "vlb": vlb}
 
     def _variational_bound(self, prediction: Prediction, x_0, x_t, t) -> jax.Array:
         def at_t(values):

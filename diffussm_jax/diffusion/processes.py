@@ -2,6 +2,7 @@
 
     DiscreteProcess   DDPM (arXiv 2006.11239): t = 0 ... T-1, alpha^2 = alpha_bar, sigma^2 = 1 - alpha_bar
     RectifiedFlow     (arXiv 2209.03003): t in [0, 1], alpha = 1 - t, sigma = t
+    GVP               (SiT, arXiv 2401.08740): t in [0, 1], alpha = cos(pi t / 2), sigma = sin(pi t / 2)
 
 Times grow towards noise; `clean` is the time of the data themselves, where alpha = 1 and sigma = 0. A sampler runs
 along a grid of times that decreases and ends at `clean`. Sampling in fewer steps is a coarser grid, not another
@@ -14,13 +15,14 @@ Everything that depends on a pair of times is computed on the host in float64. I
 import abc
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffussm_jax.options import Range, check_options
+from diffussm_jax.options import Choices, Range, check_options
 
 
 class Reverse(NamedTuple):
@@ -59,6 +61,30 @@ class Process(abc.ABC):
     @abc.abstractmethod
     def sigma(self, t):
         """Factor of the noise at t: float64 for NumPy times, float32 for traced ones."""
+
+    def slopes(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Derivatives of alpha and sigma at traced times, of which the target `Velocity` is made.
+
+        In discrete time, where there is none, -1 and 1.
+        """
+        if self.num_steps is not None:
+            return -jnp.ones(t.shape), jnp.ones(t.shape)
+        return tuple(jax.jvp(values, (t,), (jnp.ones_like(t),))[1] for values in (self.alpha, self.sigma))
+
+    def log_snr(self, t: np.ndarray) -> np.ndarray:
+        """log(alpha^2 / sigma^2) of NumPy times in float64: -inf where alpha is 0, inf at `clean`."""
+        with np.errstate(divide="ignore"):
+            return 2 * (np.log(self.alpha(t)) - np.log(self.sigma(t)))
+
+    def time_of(self, log_snr: np.ndarray) -> np.ndarray:
+        """The times with these finite log-SNRs, float64; in discrete time the nearest steps, from 0 to T - 1."""
+        log_snr = np.asarray(log_snr, np.float64)
+        low, high = (np.full(log_snr.shape, float(t)) for t in (self.clean, self.times(1)[0]))
+        for _ in range(100):  # bisection, since the log-SNR falls with time
+            middle = (low + high) / 2
+            is_noisier = self.log_snr(middle) < log_snr
+            low, high = np.where(is_noisier, low, middle), np.where(is_noisier, middle, high)
+        return high
 
     @abc.abstractmethod
     def draw_time(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -130,6 +156,10 @@ class DiscreteProcess(Process):
     def sigma(self, t):
         return _row(self._tables[1], t)
 
+    def time_of(self, log_snr):
+        steps = np.arange(self.num_steps)
+        return np.round(np.interp(-np.asarray(log_snr), -self.log_snr(steps), steps)).astype(int)
+
     def draw_time(self, key, shape):
         return jax.random.randint(key, shape, 0, self.num_steps)
 
@@ -149,19 +179,31 @@ def _row(table: np.ndarray, t):
 
 
 @dataclasses.dataclass(frozen=True)
-class RectifiedFlow(Process):
-    """Straight paths from data at t = 0 to noise at t = 1 (arXiv 2209.03003); the model sees 1000 t."""
+class ContinuousProcess(Process):
+    """A process from data at t = 0 to noise alone at t = 1; the model sees 1000 t.
 
+    Attributes:
+      time_distribution: of t in training; "logit_normal" draws medium times more often (Stable Diffusion 3, arXiv
+        2403.03206, section 3.1): log(t / (1 - t)) is normal.
+      logit_mean: of that normal distribution; a positive one moves times towards noise.
+      logit_std: its standard deviation.
+
+    Raises:
+      ValueError: an option is not allowed.
+    """
+
+    time_distribution: Annotated[str, Choices(("uniform", "logit_normal"))] = "uniform"
+    logit_mean: Annotated[float, Range(-10, 10)] = 0.0
+    logit_std: Annotated[float, Range(1e-3, 10)] = 1.0
     clean = 0.0
 
-    def alpha(self, t):
-        return 1 - t
-
-    def sigma(self, t):
-        return t
+    def __post_init__(self):
+        check_options(self)
 
     def draw_time(self, key, shape):
-        return jax.random.uniform(key, shape)
+        if self.time_distribution == "uniform":
+            return jax.random.uniform(key, shape)
+        return jax.nn.sigmoid(self.logit_mean + self.logit_std * jax.random.normal(key, shape))
 
     def model_time(self, t):
         return 1000 * t
@@ -172,38 +214,93 @@ class RectifiedFlow(Process):
         return np.linspace(1.0, 0.0, num_steps + 1)
 
 
-def linear_schedule(num_steps: Annotated[int, Range(21, 100_000)] = 1000) -> DiscreteProcess:
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow(ContinuousProcess):
+    """Straight paths from data to noise (arXiv 2209.03003), also known as SiT's linear interpolant."""
+
+    def alpha(self, t):
+        return 1 - t
+
+    def sigma(self, t):
+        return t
+
+
+@dataclasses.dataclass(frozen=True)
+class GVP(ContinuousProcess):
+    """The generalised variance-preserving interpolant of SiT (arXiv 2401.08740)."""
+
+    def alpha(self, t):
+        return _sin(np.pi / 2 * (1 - t))  # exactly 0 at t = 1, as a cosine is not
+
+    def sigma(self, t):
+        return _sin(np.pi / 2 * t)
+
+
+def _sin(angle):
+    return jnp.sin(angle) if isinstance(angle, jax.Array) else np.sin(angle)
+
+
+def linear_schedule(
+    num_steps: Annotated[int, Range(21, 100_000)] = 1000, has_zero_terminal_snr: bool = False
+) -> DiscreteProcess:
     """Betas from 1e-4 to 2e-2 (DDPM, section 4), scaled by 1000 / T for other T as ADM does.
 
     Args:
       num_steps: T, more than 20 (below, the last beta would pass 1).
+      has_zero_terminal_snr: see `zero_terminal_snr`.
 
     Raises:
       ValueError: too few steps.
     """
-    check_options(linear_schedule, {"num_steps": num_steps})
+    check_options(linear_schedule, {"num_steps": num_steps, "has_zero_terminal_snr": has_zero_terminal_snr})
     scale = 1000 / num_steps
-    return DiscreteProcess(np.linspace(1e-4 * scale, 2e-2 * scale, num_steps))
+    betas = np.linspace(1e-4 * scale, 2e-2 * scale, num_steps)
+    return DiscreteProcess(zero_terminal_snr(betas) if has_zero_terminal_snr else betas)
 
 
-def cosine_schedule(num_steps: Annotated[int, Range(1, 100_000)] = 1000) -> DiscreteProcess:
+def cosine_schedule(
+    num_steps: Annotated[int, Range(1, 100_000)] = 1000, has_zero_terminal_snr: bool = False
+) -> DiscreteProcess:
     """alpha_bar(t) = cos^2(((t/T + 0.008) / 1.008) pi/2), betas at most 0.999 (Improved DDPM, equation 17).
+
+    Args:
+      num_steps: T.
+      has_zero_terminal_snr: see `zero_terminal_snr`.
 
     Raises:
       ValueError: num_steps is out of range.
     """
-    check_options(cosine_schedule, {"num_steps": num_steps})
+    check_options(cosine_schedule, {"num_steps": num_steps, "has_zero_terminal_snr": has_zero_terminal_snr})
     alpha_bar = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
-    return DiscreteProcess(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999))
+    betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return DiscreteProcess(zero_terminal_snr(betas) if has_zero_terminal_snr else betas)
+
+
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas of a schedule that ends at noise alone: the last alpha is 0 (Lin et al., arXiv 2305.08891, algorithm 1).
+
+    alpha is shifted and scaled, and keeps its first value. No model can learn the noise at the last step, where
+    x_t is the noise: use the targets v or x_0.
+
+    Raises:
+      ValueError: there is only one step.
+    """
+    if len(betas) < 2:
+        raise ValueError(f"has_zero_terminal_snr needs num_steps of at least 2, got {len(betas)}")
+    alpha = np.sqrt(np.cumprod(1 - betas))
+    alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return 1 - np.append(alpha_bar[0], alpha_bar[1:] / alpha_bar[:-1])
+
+
+def columns(values: Iterable, ndim: int) -> tuple[jax.Array, ...]:
+    """Arrays [B] as float32, shaped [B, 1, ...] to broadcast against an array of `ndim` dimensions."""
+    arrays = (jnp.asarray(v, jnp.float32) for v in values)
+    return tuple(array.reshape(array.shape + (1,) * (ndim - array.ndim)) for array in arrays)
 
 
 def scales(process: Process, t: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
-    """alpha(t) and sigma(t) in float32, shaped [B, 1, ...] to broadcast against an array of `ndim` dimensions."""
-
-    def column(values):
-        return jnp.asarray(values, jnp.float32).reshape(t.shape + (1,) * (ndim - t.ndim))
-
-    return column(process.alpha(t)), column(process.sigma(t))
+    """alpha(t) and sigma(t) as `columns`."""
+    return columns((process.alpha(t), process.sigma(t)), ndim)
 
 
 def q_sample(process: Process, x_0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
     Noise     noise                                   DDPM (arXiv 2006.11239)
     X0        x_0
     V         alpha noise - sigma x_0                 progressive distillation (arXiv 2202.00512)
-    Velocity  noise - x_0                             rectified flow (arXiv 2209.03003)
+    Velocity  alpha' x_0 + sigma' noise               rectified flow (arXiv 2209.03003), SiT (arXiv 2401.08740)
 
 `predict` returns both, because computing one from the other divides by alpha or sigma and loses digits where that is
 small.
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import jax
 
-from diffussm_jax.diffusion.processes import Process, scales
+from diffussm_jax.diffusion.processes import Process, columns, scales
 
 
 class Target(Protocol):
@@ -30,7 +30,7 @@ class Target(Protocol):
         """The value that the model should output."""
 
     def predict(self, process: Process, output: jax.Array, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x_0 and noise from the model's output, such that x_t = alpha x_0 + sigma noise."""
+        """x_0 and noise, linear in output and x_t, such that x_t = alpha x_0 + sigma noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,20 @@ class V:
 
 @dataclasses.dataclass(frozen=True)
 class Velocity:
-    """noise - x_0: dx_t/dt of rectified flow."""
+    """dx_t/dt = alpha' x_0 + sigma' noise (SiT), which is noise - x_0 for rectified flow.
+
+    In discrete time it is noise - x_0 too (`Process.slopes`).
+    """
 
     divides_by_alpha = False
 
     def make(self, process, x_0, noise, t):
-        return noise - x_0
+        alpha_slope, sigma_slope = columns(process.slopes(t), x_0.ndim)
+        return alpha_slope * x_0 + sigma_slope * noise
 
     def predict(self, process, output, x_t, t):
         alpha, sigma = scales(process, t, x_t.ndim)
-        return (x_t - sigma * output) / (alpha + sigma), (x_t + alpha * output) / (alpha + sigma)
+        alpha_slope, sigma_slope = columns(process.slopes(t), x_t.ndim)
+        determinant = alpha * sigma_slope - sigma * alpha_slope  # alpha + sigma for rectified flow, pi / 2 for GVP
+        x_0 = (sigma_slope * x_t - sigma * output) / determinant
+        return x_0, (alpha * output - alpha_slope * x_t) / determinant

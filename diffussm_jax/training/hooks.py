@@ -1,4 +1,4 @@
-"""The hooks that come with the package: held-out loss, sample grids, learning rate, post-hoc EMA.
+"""The hooks that come with the package: held-out loss, sample grids, scores, learning rate, post-hoc EMA.
 
 A hook is made by a function of a `HookContext` and its options, so that a config can choose it.
 """
@@ -92,6 +92,26 @@ def sample_grid(
         return {}
 
     return Hook("sample_grid", every, run)
+
+
+def scores(context: HookContext, *, score: Callable[[dict], dict[str, float]], every: int) -> Hook:
+    """Logs scores of samples, such as "FID". Samples that are not finite give no scores.
+
+    Args:
+      context: of the run.
+      score: averaged parameters -> scores by name, the same in all processes.
+      every: interval in steps.
+    """
+
+    def run(state, step):
+        try:
+            return score(context.task.eval_params(state))
+        except FloatingPointError as error:
+            if jax.process_index() == 0:
+                print(f"step {step}: no scores: {error}", flush=True)
+            return {}
+
+    return Hook("scores", every, run)
 
 
 def posthoc_ema(context: HookContext, *, every: int) -> Hook:

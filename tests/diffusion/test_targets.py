@@ -9,7 +9,7 @@
 
 | | Noise | X0 | V | Velocity |
 |---|---|---|---|---|
-| condition of x_0 | 1 / alpha | 1 | 1 / (alpha^2 + sigma^2) | 1 / (alpha + sigma) |
+| condition of x_0 | 1 / alpha | 1 | 1 / (alpha^2 + sigma^2) | 1 / (alpha + sigma); of GVP 1 |
 | condition of the noise | 1 | 1 / sigma | the same | the same |
 """
 
@@ -21,7 +21,17 @@ import numpy as np
 import oracles_diffusion as oracle
 import pytest
 
-from diffussm_jax.diffusion import X0, Noise, RectifiedFlow, V, Velocity, cosine_schedule, linear_schedule, q_sample
+from diffussm_jax.diffusion import (
+    GVP,
+    X0,
+    Noise,
+    RectifiedFlow,
+    V,
+    Velocity,
+    cosine_schedule,
+    linear_schedule,
+    q_sample,
+)
 
 RTOL = 1e-6
 PREDICT_RTOL = 2e-6
@@ -32,6 +42,7 @@ CONDITIONS = {
     "x_0": lambda alpha, sigma: (np.ones_like(alpha), 1 / sigma),
     "v": lambda alpha, sigma: (1 / (alpha**2 + sigma**2),) * 2,
     "velocity": lambda alpha, sigma: (1 / (alpha + sigma),) * 2,
+    "velocity of GVP": lambda alpha, sigma: (np.ones_like(alpha),) * 2,
 }
 STEPS = np.array([0, 1, 2, 499, 998, 999], np.int32)
 FRACTIONS = np.array([1e-5, 1e-3, 0.1, 0.5, 0.999, 1.0], np.float32)
@@ -39,6 +50,7 @@ PROCESSES = {
     "linear": (linear_schedule(), STEPS, oracle.ddpm_step(oracle.linear_betas(1000), STEPS, STEPS - 1)),
     "cosine": (cosine_schedule(), STEPS, oracle.ddpm_step(oracle.cosine_betas(1000), STEPS, STEPS - 1)),
     "flow": (RectifiedFlow(), FRACTIONS, oracle.flow_step(FRACTIONS.astype(np.float64), 0.0)),
+    "gvp": (GVP(), FRACTIONS, oracle.gvp_step(FRACTIONS.astype(np.float64), 0.0)),
 }
 CASES = [(p, t) for p in PROCESSES for t in TARGETS]
 X_0, NOISE, OTHER = np.random.default_rng(0).normal(size=(3, 6, 4, 4, 3)).astype(np.float32)
@@ -80,8 +92,10 @@ def test_make_and_predict(process_name, name):
     """`predict` is checked for what was made, and for an output that has nothing to do with x_0 and noise."""
     step = PROCESSES[process_name][2]
     x_t, (made, predicted, of_other) = results()[process_name, "x_t"], results()[process_name, name]
-    assert_rows_close(made, oracle.target(name, step, X_0, NOISE), RTOL * largest(X_0, NOISE))
-    rows = step.alpha > 0 if TARGETS[name].divides_by_alpha else np.full(6, True)
+    rows = step.alpha > 1e-15 if TARGETS[name].divides_by_alpha else np.full(6, True)
+    if (process_name, name) == ("gvp", "velocity"):
+        name = "velocity of GVP"
+    assert_rows_close(made, oracle.target(name, step, X_0, NOISE), np.pi / 2 * RTOL * largest(X_0, NOISE))
     step = oracle.Step(*(np.broadcast_to(values, 6)[rows] for values in step))
     x_t, x_0, noise, other = x_t[rows], X_0[rows], NOISE[rows], OTHER[rows]
     conditions = CONDITIONS[name](step.alpha, step.sigma)
@@ -102,22 +116,20 @@ def test_what_is_predicted_directly_loses_no_digits():
 
 
 def test_only_targets_that_say_so_divide_by_alpha():
-    """At the last time of rectified flow, where alpha is 0."""
-    for name, target in TARGETS.items():
-        _, (x_0, noise), _ = results()["flow", name]
-        assert np.isfinite(noise).all()
-        assert np.isfinite(x_0[-1]).all() != target.divides_by_alpha
+    """At the last time of rectified flow and GVP, where alpha is 0."""
+    for process_name in ("flow", "gvp"):
+        for name, target in TARGETS.items():
+            _, (x_0, noise), _ = results()[process_name, name]
+            assert np.isfinite(noise).all()
+            assert np.isfinite(x_0[-1]).all() != target.divides_by_alpha
 
 
-def test_velocity_is_the_time_derivative_of_rectified_flow():
-    flow = RectifiedFlow()
-
-    @jax.jit
-    def derivative(x_0, noise, t):
-        return jax.jvp(lambda t: q_sample(flow, x_0, t, noise), (t,), (jnp.ones_like(t),))[1]
-
-    made = results()["flow", "velocity"][0]
-    np.testing.assert_allclose(derivative(X_0, NOISE, FRACTIONS), made, atol=RTOL * np.abs(made).max())
+@pytest.mark.parametrize("name, step", [("flow", oracle.flow_step), ("gvp", oracle.gvp_step)])
+def test_velocity_is_the_time_derivative_in_continuous_time(name, step):
+    t, h = FRACTIONS.astype(np.float64), 1e-5
+    after, before = (oracle.q_sample(step(t + sign * h, 0.0), X_0, NOISE) for sign in (1, -1))
+    made = results()[name, "velocity"][0]
+    np.testing.assert_allclose(made, (after - before) / (2 * h), atol=RTOL * np.abs(made).max())
 
 
 def test_v_is_the_derivative_by_the_angle():

@@ -75,6 +75,15 @@ def sample(
     return carry[0]
 
 
+def num_evaluations(sampler: Sampler, num_steps: int) -> int:
+    """How often a sampler evaluates the denoiser.
+
+    A method that evaluates more than once a step has an attribute `evaluations_per_step`, and evaluates once in the
+    last step.
+    """
+    return getattr(sampler, "evaluations_per_step", 1) * (num_steps - 1) + 1
+
+
 def _to_device(values: np.ndarray) -> jax.Array:
     """float64 as float32, integers as int32, booleans as they are."""
     narrow = {"f": jnp.float32, "i": jnp.int32, "b": bool}

@@ -33,6 +33,7 @@ class Heun:
     """Two evaluations a step, except one in the last, which is Euler's: 2 S - 1 in all."""
 
     is_stochastic = False
+    evaluations_per_step = 2
 
     def plan(self, process, times):
         scale = process.alpha(times) + process.sigma(times)
