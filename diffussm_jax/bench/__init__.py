@@ -8,6 +8,8 @@
     sample  sampling (`bench_sample`)
     loader  reading latents (`bench_loader`)
     vae     the autoencoder (`bench_vae`)
+    inception  the FID Inception, beside PyTorch (`bench_inception`)
+    scores  precision and recall beside NumPy and scikit-learn (`bench_scores`)
 
 docs/bench.md explains each figure.
 """
@@ -16,8 +18,10 @@ from diffussm_jax.bench.aot import bench_aot, one_chip
 from diffussm_jax.bench.block import bench_block
 from diffussm_jax.bench.configs import bench_configs
 from diffussm_jax.bench.errors import bench_errors
+from diffussm_jax.bench.inception import bench_inception
 from diffussm_jax.bench.loader import bench_loader
 from diffussm_jax.bench.sample import bench_sample
+from diffussm_jax.bench.scores import bench_scores
 from diffussm_jax.bench.ssm import bench_ssm, parse_shape, plot
 from diffussm_jax.bench.step import bench_step
 from diffussm_jax.bench.table import write_table
@@ -29,8 +33,10 @@ __all__ = [
     "bench_block",
     "bench_configs",
     "bench_errors",
+    "bench_inception",
     "bench_loader",
     "bench_sample",
+    "bench_scores",
     "bench_ssm",
     "bench_step",
     "bench_vae",

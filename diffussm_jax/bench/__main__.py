@@ -12,6 +12,8 @@ python -m diffussm_jax.bench step --sizes=XL --image_sizes=256,512 --batch_size=
 python -m diffussm_jax.bench sample --config=configs/digits.py --batch_size=64 --sampler=ddim --steps=50
 python -m diffussm_jax.bench loader --data=latents/imagenet256
 python -m diffussm_jax.bench vae --image_sizes=256,512,1024
+python -m diffussm_jax.bench inception --batch_size=32 --image_sizes=256
+python -m diffussm_jax.bench scores --shapes=50000x10000x2048 --methods=float32,adm_float16,numpy,sklearn
 """
 
 import functools
@@ -22,8 +24,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffussm_jax import cli, registry
-from diffussm_jax.bench import aot, block, errors, sample, ssm, step, table
+from diffussm_jax.bench import aot, block, errors, sample, scores, ssm, step, table
 from diffussm_jax.bench.configs import IMAGE_SIZES, bench_configs, parse_changes, print_rows
+from diffussm_jax.bench.inception import print_inception
 from diffussm_jax.bench.loader import bench_loader
 from diffussm_jax.bench.measure import machine_name, write_csv
 from diffussm_jax.bench.vae import print_vae
@@ -35,11 +38,14 @@ _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be importe
 _SHAPES = flags.DEFINE_list(
     "shapes",
     None,
-    "ssm, errors: shapes B x L x D x N, such as 4x1024x384x64; default for ssm L = 256 .. 65536.",
+    "ssm, errors: shapes B x L x D x N, such as 4x1024x384x64; default for ssm L = 256 .. 65536. scores: N x M x d.",
     flag_values=_FLAGS,
 )
 _METHODS = flags.DEFINE_list(
-    "methods", None, "ssm, errors: methods; ratios are to the first. By default all that run here.", flag_values=_FLAGS
+    "methods",
+    None,
+    "ssm, errors, scores: methods; ratios are to the first. By default all that run here.",
+    flag_values=_FLAGS,
 )
 _REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Timed repetitions, after one that is not timed.", lower_bound=1, flag_values=_FLAGS
@@ -73,7 +79,9 @@ _SIZES = flags.DEFINE_list(
     short_name="size",
     flag_values=_FLAGS,
 )
-_IMAGE_SIZES = flags.DEFINE_list("image_sizes", None, "block, step, sample, vae: pixels.", flag_values=_FLAGS)
+_IMAGE_SIZES = flags.DEFINE_list(
+    "image_sizes", None, "block, step, sample, vae, inception: pixels.", flag_values=_FLAGS
+)
 _CONFIG = flags.DEFINE_string(
     "config", None, "block, step, sample: a file of configs/ in place of sizes.", flag_values=_FLAGS
 )
@@ -86,7 +94,7 @@ _SET = flags.DEFINE_list(
 _SAMPLER = flags.DEFINE_enum("sampler", None, registry.names("sampler"), "sample: the sampler.", flag_values=_FLAGS)
 _STEPS = flags.DEFINE_integer("steps", None, "sample: its steps.", lower_bound=1, flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "block, step, sample, loader: images at a time.", lower_bound=1, flag_values=_FLAGS
+    "batch_size", None, "block, step, sample, loader, inception: images at a time.", lower_bound=1, flag_values=_FLAGS
 )
 _DATA = flags.DEFINE_string("data", None, "loader: a folder of latents.", flag_values=_FLAGS)
 _SPLIT = flags.DEFINE_string("split", "train", "loader: its split.", flag_values=_FLAGS)
@@ -181,6 +189,17 @@ def _vae() -> list[dict]:
     return []
 
 
+def _inception() -> list[dict]:
+    cli.keep_freed_memory()
+    options = {"batch_size": _BATCH_SIZE.value or 32, "repeats": _REPEATS.value}
+    return [row for size in _image_sizes((256,)) for row in print_inception(image_size=size, **options)]
+
+
+def _scores() -> list[dict]:
+    shapes = [scores.parse_shape(text) for text in _SHAPES.value or []]
+    return scores.print_scores(shapes or [scores.DEFAULT_SHAPE], _METHODS.value or list(scores.METHODS))
+
+
 _BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
     "ssm": _ssm,
     "errors": _errors,
@@ -189,6 +208,8 @@ _BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
     "sample": _sample,
     "loader": _loader,
     "vae": _vae,
+    "inception": _inception,
+    "scores": _scores,
 }
 
 
