@@ -12,6 +12,8 @@ import os
 import socket
 import time
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -75,6 +77,29 @@ def read_json(path: epath.Path) -> dict:
             raise ValueError(f"a {type(found).__name__} where an object should be")
     except (ValueError, RecursionError) as error:  # not text, not JSON, or nested without end
         raise ValueError(f"{path} is damaged: {error}") from error
+    return found
+
+
+# What damaged .npz files raise, beside what NumPy says of pickled objects.
+NPZ_ERRORS = (ValueError, TypeError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file. Nothing is unpickled.
+
+    Raises:
+      FileNotFoundError: there is no file.
+      ValueError: it is damaged, or holds more than plain arrays.
+    """
+    try:
+        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = dict(arrays)
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("not all of its files are arrays")
+    except NPZ_ERRORS as error:
+        raise ValueError(
+            f"{path} is damaged, no .npz, or holds pickled objects, which are never unpickled: {error}"
+        ) from error
     return found
 
 

@@ -32,8 +32,8 @@ def _without_flags_of(flag_values):
         flags.FLAGS[name] = flag
 
 
-def run_program(main, *arguments, flag_values=flags.FLAGS):
-    """The exit code of `cli.run(main)` with these arguments, and what it prints."""
+def run_program(main, *arguments, flag_values=flags.FLAGS, num_arguments=0):
+    """The exit code of `cli.run(main)` with these arguments of its command line, and what it prints."""
     printed = io.StringIO()
     with (
         _without_flags_of(flag_values),
@@ -45,7 +45,7 @@ def run_program(main, *arguments, flag_values=flags.FLAGS):
     ):
         saved, own = flagsaver.save_flag_values(flags.FLAGS), flagsaver.save_flag_values(flag_values)
         try:
-            cli.run(main, flag_values)
+            cli.run(main, flag_values, num_arguments)
         except SystemExit as exit:
             return exit.code, printed.getvalue()
         finally:

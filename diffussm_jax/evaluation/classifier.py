@@ -102,6 +102,8 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, training: Training,
             f"the classifier takes images of {training.image_size} x {training.image_size} in {training.num_classes} "
             f"classes, got {list(images.shape)} in {len(np.unique(labels))} classes"
         )
+    if len(images) < training.batch_size:
+        raise ValueError(f"the classifier needs at least {training.batch_size} images, got {len(images)}")
     model = Classifier(training.widths, training.num_classes)
     steps_per_epoch = len(images) // training.batch_size
     schedule = optax.cosine_onecycle_schedule(steps_per_epoch * training.num_epochs, training.learning_rate)
@@ -167,33 +169,57 @@ def classifier_extractor(
     digest = hashlib.sha256(repr((_VERSION, training, images.shape)).encode())
     digest.update(images.tobytes() + np.asarray(labels, np.int64).tobytes())
     path = epath.Path(cache) / f"classifier_{name}_{digest.hexdigest()[:16]}.safetensors"
-    model = Classifier(training.widths, training.num_classes)
-    if path.exists():
-        params = _read(path, model, images[:1])
+    is_known = path.exists()
+    if is_known:
+        params = _read_params(name, path)
     else:
         log(f"Training the classifier {name} on {len(images):,} images (once: it is kept in {cache})")
         params = train_classifier(images, labels, training)
-        if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {path_of(p): np.ascontiguousarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
-            write_whole(path, safetensors.numpy.save(tensors, {"training": json.dumps(dataclasses.asdict(training))}))
-
     if jax.process_count() > 1:  # trained in each, perhaps on unlike machines
-        params = multihost_utils.broadcast_one_to_all(params)
+        params = jax.device_get(multihost_utils.broadcast_one_to_all(params))
+    if jax.process_index() == 0 and not is_known:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {path_of(p): np.ascontiguousarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+        write_whole(path, safetensors.numpy.save(tensors, {"sha256": weights_hash(params)}))
+    return _extractor(name, params)
+
+
+def read_classifier(name: str, path: epath.PathLike) -> Extractor:
+    """The extractor of a classifier's file, such as another machine's.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or of another network.
+    """
+    return _extractor(name, _read_params(name, epath.Path(path)))
+
+
+def _read_params(name: str, path: epath.Path) -> dict:
+    training = CLASSIFIERS[name]
+    size = (1, training.image_size, training.image_size, training.num_channels)
+    model = Classifier(training.widths, training.num_classes)
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(size, jnp.uint8)))["params"]
+    try:
+        content = path.read_bytes()
+        tensors = safetensors.numpy.load(content)
+        sha256 = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sha256"]
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it, and the classifier is trained anew") from error
+    found = {key: tensor.shape for key, tensor in tensors.items()}
+    check_same_shapes(shapes_by_path(like), found, f"{path} does not hold the classifier {name}")
+    params = jax.tree_util.tree_map_with_path(lambda p, leaf: tensors[path_of(p)], like)
+    if weights_hash(params) != sha256:
+        raise ValueError(f"{path} is damaged: its weights do not have the SHA-256 {sha256}; delete it")
+    return params
+
+
+def _extractor(name: str, params: dict) -> Extractor:
+    training = CLASSIFIERS[name]
+    model = Classifier(training.widths, training.num_classes)
 
     def apply(params, batch):
         features, logits = model.apply({"params": params}, batch)
         return {FEATURES: features, PROBABILITIES: jax.nn.softmax(logits)}
 
-    return Extractor(name, apply, params, weights_hash(params), training.num_channels, DISTANCES[name])
-
-
-def _read(path: epath.Path, model: Classifier, example: np.ndarray) -> dict:
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), example))["params"]
-    try:
-        tensors = safetensors.numpy.load(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it, and the classifier is trained anew") from error
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    check_same_shapes(shapes_by_path(like), found, f"{path} does not hold this classifier; delete it")
-    return jax.tree_util.tree_map_with_path(lambda p, leaf: tensors[path_of(p)], like)
+    sha256, distance = weights_hash(params), DISTANCES[name]
+    return Extractor(name, apply, params, sha256, training.num_channels, distance, training.image_size)

@@ -35,6 +35,7 @@ class Extractor:
       sha256: of the weights.
       num_channels: C of the images that it takes.
       distance: the name of the Fréchet distance on its features: "FID" for the FID Inception alone.
+      image_size: pixels of the only size that it takes; None if it takes any.
       mesh: the devices; all if None.
     """
 
@@ -44,6 +45,7 @@ class Extractor:
     sha256: str
     num_channels: int
     distance: str
+    image_size: int | None = None
     mesh: Mesh | None = None
 
     @functools.cached_property
@@ -75,9 +77,10 @@ class Extractor:
           ValueError: as `check_images`.
           FloatingPointError: a feature is not finite.
         """
-        check_images(images, self.num_channels)
+        check_images(images, self.num_channels, self.image_size)
         num_parts = math.prod(self._mesh.shape[axis] for axis in BATCH)
-        batch_size = -(-min(batch_size, len(images)) // num_parts) * num_parts
+        batch_size = min(batch_size, 1 << (len(images) - 1).bit_length())  # few sizes, few compilations
+        batch_size = -(-batch_size // num_parts) * num_parts
         found = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -95,11 +98,12 @@ class Extractor:
         return features
 
 
-def check_images(images: np.ndarray, num_channels: int | None = None) -> None:
+def check_images(images: np.ndarray, num_channels: int | None = None, image_size: int | None = None) -> None:
     """Checks that images can be scored.
 
     Raises:
-      ValueError: they are not uint8 from 0 to 255, not [N, H, W, C] with 1 or 3 channels (or `num_channels`), or none.
+      ValueError: they are not uint8, not [N, H, W, C] with 1 or 3 channels (or `num_channels`), not of `image_size`, or
+        there are none.
     """
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         hint = "; this looks like [N, C, H, W]: transpose it to channels last" if _is_channels_first(images) else ""
@@ -111,14 +115,24 @@ def check_images(images: np.ndarray, num_channels: int | None = None) -> None:
         )
     if not len(images):
         raise ValueError("there are no images")
-    if images.max() <= 1:
-        raise ValueError(
-            f"images must be uint8 from 0 to 255, and the largest value is {images.max()}: were they scaled to 0 ... 1?"
-        )
     if num_channels is not None and images.shape[-1] != num_channels:
         kinds = {1: "grayscale", 3: "colour"}
         raise ValueError(
             f"the extractor takes {kinds[num_channels]} images with C = {num_channels}, got C = {images.shape[-1]}"
+        )
+
+    if image_size is not None and images.shape[1:3] != (image_size, image_size):
+        raise ValueError(
+            f"the extractor takes images of {image_size} x {image_size} pixels, got {images.shape[1]} x "
+            f"{images.shape[2]}"
+        )
+
+
+def check_range(largest: int) -> None:
+    """Raises ValueError if the largest value of all images says that they are not from 0 to 255."""
+    if largest <= 1:
+        raise ValueError(
+            f"images must be uint8 from 0 to 255, and the largest value is {largest}: were they scaled to 0 ... 1?"
         )
 
 

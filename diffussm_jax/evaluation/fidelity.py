@@ -145,10 +145,23 @@ def _check_sets(samples, reference, k: int) -> None:
 
 
 class DensityCoverage(NamedTuple):
-    """Density: balls of the reference around a sample, over k; coverage: fraction of balls with a sample inside."""
+    """Density and coverage.
 
-    density: float
-    coverage: float
+    Attributes:
+      num_balls: [N] float, of the reference around each sample, over k; its mean is the density.
+      is_covered: [M] bool, whether the ball of a reference has a sample inside; its mean is the coverage.
+    """
+
+    num_balls: np.ndarray
+    is_covered: np.ndarray
+
+    @property
+    def density(self) -> float:
+        return float(self.num_balls.mean())
+
+    @property
+    def coverage(self) -> float:
+        return float(self.is_covered.mean())
 
 
 def density_coverage(samples, reference, *, k: int = 5, block_size: int | None = None) -> DensityCoverage:
@@ -168,7 +181,7 @@ def density_coverage(samples, reference, *, k: int = 5, block_size: int | None =
     is_open = np.where(of_reference > 0, np.nextafter(of_reference, np.float32(0)), np.float32(-1))
     empty = np.full(len(samples), -1, np.float32)
     counts = ball_counts(samples, reference, empty, is_open, block_size=block_size)
-    return DensityCoverage(float(counts.reference_balls.mean() / k), float((counts.samples_inside > 0).mean()))
+    return DensityCoverage(counts.reference_balls / k, counts.samples_inside > 0)
 
 
 class KernelDistance(NamedTuple):

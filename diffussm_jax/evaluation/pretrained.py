@@ -9,7 +9,6 @@ import json
 import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from diffussm_jax.io import cache_folder, check_same_shapes, file_sha256, weights_hash, write_whole
+from diffussm_jax.io import cache_folder, check_same_shapes, file_sha256, read_npz, weights_hash, write_whole
 
 Tensors = dict[str, np.ndarray]
 
@@ -152,7 +151,7 @@ def _read_file(path: epath.Path) -> tuple[Tensors, dict[str, Any]]:
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return (_read_pytorch(path) if path.suffix in _PYTORCH else _read_npz(path)), {}
+    return (_read_pytorch(path) if path.suffix in _PYTORCH else read_npz(path)), {}
 
 
 def _read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, Any]]:
@@ -169,26 +168,6 @@ def _read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, Any]]:
             raise ValueError(f"{path}: tensor {name} is of dtype {entry['dtype']}; supported is {supported}")
         tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors, header.get("__metadata__") or {}
-
-
-def _read_npz(path: epath.Path) -> Tensors:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = dict(arrays)
-        if not all(isinstance(array, np.ndarray) for array in found.values()):
-            raise ValueError("not all of its files are arrays")
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise ValueError(f"{path} is damaged, or holds more than plain arrays, which are not read: {error}") from error
-    return found
 
 
 def _read_pytorch(path: epath.Path) -> Tensors:

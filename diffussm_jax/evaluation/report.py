@@ -15,10 +15,12 @@ from scipy.special import ndtri, stdtrit
 from diffussm_jax.evaluation.scores import EqualSize, Score
 
 FORMAT = 1
-# Keys of a protocol that may differ between reports which are compared.
-_FREE = ("step", "seed", "checkpoint_sha256", "versions", "device", "sampling", "evaluations", "workdir", "model")
+# Keys of a protocol without which scores do not compare, and those that name the reference's images.
+_SHARED = ("num_samples", "labels", "features", "extractor_sha256")
+_OF_REFERENCE = ("images_sha256", "file_sha256", "num_images")
+_IGNORED = ("versions", "device", "checkpoint_sha256", "samples_sha256", "batch_size", "reference")
 _SHORT = 12  # hex digits of hashes in the line
-_TRAINING_SEEDS = 3  # by which a new training seed moves FID more than resampling; FACTS of several papers
+_NOISE_OF_TRAINING = 3  # by which a new training seed moves FID more than new samples do
 
 
 def make_report(
@@ -27,17 +29,24 @@ def make_report(
     *,
     equal_sizes: Sequence[EqualSize] = (),
     warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
     neighbours: Mapping[str, Any] | None = None,
 ) -> dict:
     """A report as JSON can hold it."""
     return {
         "format": FORMAT,
-        "scores": {name: score._asdict() for name, score in scores.items()},
+        "scores": {name: _without_nan(score._asdict()) for name, score in scores.items()},
         "equal_sizes": [row._asdict() for row in equal_sizes],
         "neighbours": dict(neighbours or {}),
         "warnings": list(warnings),
+        "notes": list(notes),
         "protocol": dict(protocol),
     }
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null stands for an interval that was not computed."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
 def check_report(report: Mapping, where: str) -> None:
@@ -48,36 +57,35 @@ def check_report(report: Mapping, where: str) -> None:
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """The protocol in one line of text: "num_samples=1000; labels=balanced; ..."."""
-
-    def text(key, value):
-        if isinstance(value, Mapping):
-            return "(" + ", ".join(f"{k}={text(k, v)}" for k, v in value.items()) + ")"
-        if key.endswith("sha256"):
-            return str(value)[:_SHORT]
-        if isinstance(value, list | tuple):
-            return "[" + ", ".join(map(str, value)) + "]"
-        return (
-            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999 else str(value)
-        )
-
-    return "; ".join(f"{key}={text(key, value)}" for key, value in protocol.items() if value not in ("", None, {}))
+    return "; ".join(f"{key}={_text_of(key, value)}" for key, value in protocol.items() if value not in ("", None, {}))
 
 
-def _digits(value: float, deviation: float) -> int:
+def _text_of(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{k}={_text_of(k, v)}" for k, v in value.items()) + ")"
+    if key.endswith("sha256"):
+        return str(value)[:_SHORT]
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    is_long = isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999
+    return f"{value:,}" if is_long else str(value)
+
+
+def _decimals(deviation: float | None) -> int:
     """Decimals to print: two digits of the deviation."""
-    if not deviation > 0:
+    if not deviation:
         return 4
     return min(max(1 - math.floor(math.log10(deviation)), 0), 6)
 
 
 def _row(name: str, score: Mapping) -> tuple[str, ...]:
-    decimals = _digits(score["value"], score["deviation"])
-    value, low, high = (f"{score[key]:.{decimals}f}" for key in ("value", "low", "high"))
-    return name, value, f"{low} ... {high}", f"{score['is_better']} is better"
+    decimals = _decimals(score["deviation"])
+    interval = "" if score["low"] is None else f"{score['low']:.{decimals}f} ... {score['high']:.{decimals}f}"
+    return name, f"{score['value']:.{decimals}f}", interval, f"{score['is_better']} is better"
 
 
 def _equal_row(row: Mapping) -> tuple[str, ...]:
-    decimals = _digits(row["mean"], row["deviation"])
+    decimals = _decimals(row["deviation"])
     return row["name"], f"{row['num_images']:,}", f"{row['mean']:.{decimals}f}", f"+- {row['deviation']:.{decimals}f}"
 
 
@@ -115,6 +123,7 @@ def text_report(report: Mapping) -> str:
             for row in rows
         ]
     lines += ["", "Protocol", "  " + protocol_line(report["protocol"])]
+    lines += [f"\n{note}" for note in report["notes"]]
     lines += [f"\nWARNING: {warning}" for warning in report["warnings"]]
     return "\n".join(lines).strip()
 
@@ -139,8 +148,7 @@ def html_report(report: Mapping, pictures: Mapping[str, bytes], title: str) -> s
         cells = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
         cells += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
         parts.append(f"<h2>{name}</h2><table>{''.join(cells)}</table>")
-    if note := report["neighbours"].get("note"):
-        parts.append(f"<p>{html.escape(note)}</p>")
+    parts += [f"<p>{html.escape(note)}</p>" for note in report["notes"]]
     for caption, content in pictures.items():
         data = base64.b64encode(content).decode()
         parts.append(f'<h2>{html.escape(caption)}</h2><img src="data:image/png;base64,{data}" alt="">')
@@ -175,20 +183,38 @@ def compare(a: Sequence[Mapping], b: Sequence[Mapping]) -> list[Difference]:
     """Which scores differ by more than the noise.
 
     With two or more reports on each side (seeds of sampling or of training) the noise is that between them (Welch's
-    interval); otherwise it is that of resampling the samples, which leaves out the training seed.
+    interval); otherwise it is that of drawing other samples, which leaves out the training seed.
 
     Raises:
-      ValueError: the protocols differ in more than what is compared, such as the number of samples or the reference.
+      ValueError: the reports have other numbers of samples, labels, networks or references, or share no score.
     """
-    protocols = [report["protocol"] for report in (*a, *b)]
-    first = protocols[0]
-    for other in protocols[1:]:
-        keys = [k for k in sorted(first.keys() | other.keys()) if k not in _FREE and first.get(k) != other.get(k)]
-        if keys:
-            differing = "; ".join(f"{key}: {first.get(key)!r} and {other.get(key)!r}" for key in keys)
-            raise ValueError(f"the reports have different protocols, so that their scores do not compare: {differing}")
-    names = [name for name in a[0]["scores"] if all(name in report["scores"] for report in (*a, *b))]
+    first, *others = [_identity(report["protocol"]) for report in (*a, *b)]
+    for other in others:
+        if keys := [key for key in first if first[key] != other[key]]:
+            differing = "; ".join(f"{key}: {first[key]!r} and {other[key]!r}" for key in keys)
+            raise ValueError(f"the scores of these reports do not compare: {differing}")
+    reports = (*a, *b)
+    names = [name for name in a[0]["scores"] if all(_has_interval(report, name) for report in reports)]
+    if not names:
+        raise ValueError(f"the reports share no score with an interval: {[sorted(r['scores']) for r in reports]}")
     return [_difference(name, [r["scores"][name] for r in a], [r["scores"][name] for r in b]) for name in names]
+
+
+def _identity(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    reference = protocol.get("reference", {})
+    of_reference = next((reference[key] for key in _OF_REFERENCE if key in reference), None)
+    return {key: protocol.get(key) for key in _SHARED} | {"reference": of_reference}
+
+
+def _has_interval(report: Mapping, name: str) -> bool:
+    return report["scores"].get(name, {}).get("deviation") is not None
+
+
+def other_differences(a: Mapping, b: Mapping) -> list[str]:
+    """What else differs between the protocols of two reports, as lines of text: usually what is compared."""
+    a, b = a["protocol"], b["protocol"]
+    keys = [key for key in a | b if key not in (*_SHARED, *_IGNORED) and a.get(key) != b.get(key)]
+    return [f"{key}: {_text_of(key, a.get(key))} (A), {_text_of(key, b.get(key))} (B)" for key in keys]
 
 
 def _difference(name: str, a: Sequence[Mapping], b: Sequence[Mapping]) -> Difference:
@@ -212,7 +238,7 @@ def text_comparison(differences: Sequence[Difference]) -> str:
     """A table of differences, and what their intervals leave out."""
     rows = [("score", "A", "B", "B - A", "95 % interval", "")]
     for d in differences:
-        decimals = _digits(d.difference, (d.high - d.low) / 4)
+        decimals = _decimals((d.high - d.low) / 4)
         a, b, difference, low, high = (f"{value:.{decimals}f}" for value in (d.a, d.b, d.difference, d.low, d.high))
         rows.append(
             (
@@ -228,8 +254,8 @@ def text_comparison(differences: Sequence[Difference]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if any(d.noise == "resampling" for d in differences):
         lines.append(
-            "The noise is that of the samples alone. A new training seed is reported to move FID by about "
-            f"{_TRAINING_SEEDS} times as much: give several reports on each side to include it."
+            "The noise is that of the samples alone. A new training seed moves FID by about "
+            f"{_NOISE_OF_TRAINING} times as much: give several reports on each side to include it."
         )
     else:
         lines.append("The noise is that between the reports of each side.")

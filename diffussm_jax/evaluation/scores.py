@@ -1,32 +1,36 @@
-"""Every score of a set of samples against real images, each with a 95 % interval.
+"""Every score of a set of samples against real images, each with a 95 % interval of drawing other samples.
 
 Names say which network's features they are computed on: "FID", "sFID", "IS", "precision" are of the FID Inception
 alone; with other features they have its name behind them, "FD-digits", "precision-digits".
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffussm_jax.evaluation.bootstrap import Interval, bootstrap, proportion_interval
+from diffussm_jax.evaluation.bootstrap import bootstrap, from_halves, proportion_interval
 from diffussm_jax.evaluation.extractor import FEATURES, PROBABILITIES, SPATIAL, Extractor
 from diffussm_jax.evaluation.fidelity import density_coverage, gaussian_mmd, inception_score, kid, precision_recall
 from diffussm_jax.evaluation.frechet import FewSamplesWarning, Moments, frechet_distance, frechet_infinity
 
 _MAX_KID_SUBSET = 1000
-_NUM_MMD_GROUPS = 10
+LARGE_DIMENSION = 256  # above it a Frechet distance takes seconds, and fewer resamples are drawn
+_NUM_RESAMPLES = {False: 200, True: 10}  # by whether features are large
+_NUM_HALVES = {False: 20, True: 5}
 # Behind the names of precision and recall in each arithmetic.
 _SUFFIXES = {"float32": "", "adm_float16": "_adm_float16"}
-_LARGE_DIMENSION = 256  # from here on a Fréchet distance takes seconds, and fewer resamples are drawn
 
 
 class Score(NamedTuple):
-    """A score with its 95 % interval and the standard deviation of its sampling noise.
+    """A score with its 95 % interval and the standard deviation of the noise of drawing other samples.
 
     Attributes:
+      value: NaN is never one.
+      low, high, deviation: NaN where intervals were not asked for.
       is_better: "lower" or "higher".
     """
 
@@ -44,9 +48,10 @@ class Reference:
     Attributes:
       moments: of the features.
       spatial_moments: of the spatial features, for sFID.
-      features: [M, d], for what compares single images; ADM's references have those of 10,000 images. May be empty.
+      features: [M, d] of up to 10,000 images, for what compares single images. May be empty.
       labels: [M] int, of `features`; None if unknown.
-      about: "extractor" and "sha256" of the network if they are known, and what the report says of the source.
+      about: "extractor" and "extractor_sha256" of the network if they are known, and what reports say of the source.
+      images: [M, H, W, C] uint8, of `features`; None if there are none.
     """
 
     moments: Moments
@@ -54,6 +59,7 @@ class Reference:
     features: np.ndarray
     labels: np.ndarray | None
     about: dict[str, Any]
+    images: np.ndarray | None = None
 
     def check_extractor(self, extractor: Extractor) -> None:
         """Raises ValueError if the statistics are of another network."""
@@ -68,7 +74,7 @@ class Reference:
 
 
 class _Context(NamedTuple):
-    """What the functions of `_SCORES` are given."""
+    """What the functions of `SCORES` are given."""
 
     outputs: dict[str, np.ndarray]
     labels: np.ndarray | None
@@ -81,16 +87,45 @@ class _Context(NamedTuple):
     def features(self) -> np.ndarray:
         return self.outputs[FEATURES]
 
-    def resampled(self, score: Callable[[np.ndarray], float]) -> Interval:
+    @property
+    def fewest(self) -> int:
+        """The number of samples or of single reference images, whichever is smaller."""
+        return min(len(self.features), len(self.reference.features))
+
+    def resampled(self, value: float, score: Callable[[np.ndarray], float], is_better: str) -> Score:
+        """With the interval of the bootstrap."""
+        if not self.num_resamples:
+            return Score(value, *_NO_INTERVAL, is_better)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once, of the samples themselves
-            return bootstrap(score, len(self.features), num_resamples=self.num_resamples, seed=self.seed)
+            options = {"num_resamples": self.num_resamples, "seed": self.seed}
+            return Score(value, *bootstrap(score, len(self.features), **options), is_better)
+
+    def from_halves(
+        self,
+        value: float,
+        score: Callable[[np.ndarray], float],
+        is_better: str,
+        allowed: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Score:
+        """With the interval from halves of the samples, for scores that duplicates change; cut to what is allowed."""
+        N, d = self.features.shape
+        if not self.num_resamples or N < 4:
+            return Score(value, *_NO_INTERVAL, is_better)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            num_halves = _NUM_HALVES[d > LARGE_DIMENSION]
+            low, high, deviation = from_halves(score, N, value, num_halves=num_halves, seed=self.seed)
+        return Score(value, max(low, allowed[0]), min(high, allowed[1]), deviation, is_better)
+
+
+_NO_INTERVAL = (math.nan, math.nan, math.nan)
 
 
 def _distance(c: _Context, key: str, moments: Moments) -> Score:
     features = c.outputs[key]
     value = frechet_distance(features, moments)
-    return Score(value, *c.resampled(lambda rows: frechet_distance(features[rows], moments)), "lower")
+    return c.resampled(value, lambda rows: frechet_distance(features[rows], moments), "lower")
 
 
 def _frechet(c: _Context) -> dict[str, Score]:
@@ -104,19 +139,17 @@ def _spatial_frechet(c: _Context) -> dict[str, Score]:
 
 
 def _infinity(c: _Context) -> dict[str, Score]:
-    """The interval is that of the line's intercept."""
+    """The interval is from halves, each extrapolated from three sizes."""
     N, d = c.features.shape
     min_size = max(N // 10, d + 1)
-    if N < 2 * min_size:
+    if N < 4 * min_size:
         return {}
-    found = frechet_infinity(c.features, c.reference.moments, min_size=min_size, seed=c.seed)
-    _, covariance = np.polyfit(1 / found.sizes, found.distances, 1, cov=True)
-    deviation = float(np.sqrt(covariance[1, 1]))
-    return {"FD_infinity": _around(found.value, deviation, "lower")}
 
+    def extrapolated(rows, num_sizes=3):
+        options = {"num_sizes": num_sizes, "min_size": min_size, "seed": c.seed}
+        return frechet_infinity(c.features[rows], c.reference.moments, **options).value
 
-def _around(value: float, deviation: float, is_better: str) -> Score:
-    return Score(value, value - 1.96 * deviation, value + 1.96 * deviation, deviation, is_better)
+    return {"FD_infinity": c.from_halves(extrapolated(np.arange(N), 15), extrapolated, "lower")}
 
 
 def _inception_score(c: _Context) -> dict[str, Score]:
@@ -124,17 +157,22 @@ def _inception_score(c: _Context) -> dict[str, Score]:
         return {}
     probabilities = c.outputs[PROBABILITIES]
     value = inception_score(probabilities, labels=c.labels).mean
-    return {"IS": Score(value, *c.resampled(lambda rows: inception_score(probabilities[rows]).mean), "higher")}
+    return {"IS": c.resampled(value, lambda rows: inception_score(probabilities[rows]).mean, "higher")}
 
 
 def _precision_recall(c: _Context) -> dict[str, Score]:
-    if len(c.reference.features) < 4:
+    if c.fewest < 8:
         return {}
     scores = {}
     for mode in dict.fromkeys(("float32", c.mode)):
-        found, suffix = precision_recall(c.features, c.reference.features, mode=mode), _SUFFIXES[mode]
-        scores[f"precision{suffix}"] = _proportion(found.is_sample_inside)
-        scores[f"recall{suffix}"] = _proportion(found.is_reference_inside)
+
+        def found(rows, mode=mode):
+            return precision_recall(c.features[rows], c.reference.features, mode=mode)
+
+        of_all, suffix = found(np.arange(len(c.features))), _SUFFIXES[mode]
+        scores[f"precision{suffix}"] = _proportion(of_all.is_sample_inside)
+        recall = c.from_halves(of_all.recall, lambda rows, found=found: found(rows).recall, "higher", (0, 1))
+        scores[f"recall{suffix}"] = recall
     return scores
 
 
@@ -143,39 +181,40 @@ def _proportion(is_inside: np.ndarray) -> Score:
 
 
 def _density_coverage(c: _Context) -> dict[str, Score]:
-    if len(c.reference.features) < 6:
+    if c.fewest < 12:
         return {}
-    density, coverage = density_coverage(c.features, c.reference.features)
-    groups = [density_coverage(rows, c.reference.features).density for rows in _groups(c)]
-    M = len(c.reference.features)
+    found = density_coverage(c.features, c.reference.features)
+
+    def coverage(rows):
+        return density_coverage(c.features[rows], c.reference.features).coverage
+
     return {
-        "density": _around(density, float(np.std(groups, ddof=1) / np.sqrt(len(groups))), "higher"),
-        "coverage": Score(coverage, *proportion_interval(coverage * M, M), "higher"),
+        "density": c.resampled(found.density, lambda rows: float(found.num_balls[rows].mean()), "higher"),
+        "coverage": c.from_halves(found.coverage, coverage, "higher", (0, 1)),
     }
 
 
-def _groups(c: _Context) -> list[np.ndarray]:
-    """The samples in ten random groups, for the noise of scores that are means over samples."""
-    order = np.random.default_rng(c.seed).permutation(len(c.features))
-    return [c.features[rows] for rows in np.array_split(order, min(_NUM_MMD_GROUPS, len(order) // 6))]
-
-
 def _kid(c: _Context) -> dict[str, Score]:
-    """The deviation is that over subsets of m of N samples, times sqrt(m / N)."""
-    size = min(_MAX_KID_SUBSET, len(c.features) // 2, len(c.reference.features) // 2)
-    if size < 2:
+    size = min(_MAX_KID_SUBSET, c.fewest // 2)
+    if size < 4:
         return {}
-    mean, deviation = kid(c.features, c.reference.features, subset_size=size, seed=c.seed)
-    num_rows = min(len(c.features), len(c.reference.features))
-    return {"KID": _around(mean, float(deviation * np.sqrt(size / num_rows)), "lower")}
+    value = kid(c.features, c.reference.features, subset_size=size, seed=c.seed).mean
+
+    def of_half(rows):
+        return kid(c.features[rows], c.reference.features, subset_size=size, num_subsets=25, seed=c.seed).mean
+
+    return {"KID": c.from_halves(value, of_half, "lower")}
 
 
 def _mmd(c: _Context) -> dict[str, Score]:
-    if not len(c.reference.features):
+    if c.fewest < 4:
         return {}
     value = gaussian_mmd(c.features, c.reference.features)
-    groups = [gaussian_mmd(rows, c.reference.features) for rows in _groups(c)]
-    return {"MMD": _around(value, float(np.std(groups, ddof=1) / np.sqrt(len(groups))), "lower")}
+
+    def of_rows(rows):
+        return gaussian_mmd(c.features[rows], c.reference.features)
+
+    return {"MMD": c.from_halves(value, of_rows, "lower", (0, math.inf))}  # a square
 
 
 def _accuracy(c: _Context) -> dict[str, Score]:
@@ -196,8 +235,7 @@ def _diversity(c: _Context) -> dict[str, Score]:
     def ratio(rows):
         return _variance_within(c.features[rows], c.labels[rows]) / of_reference
 
-    value = ratio(np.arange(len(c.features)))
-    return {"diversity": Score(value, *c.resampled(ratio), "higher")}
+    return {"diversity": c.resampled(ratio(np.arange(len(c.features))), ratio, "higher")}
 
 
 def _variance_within(features: np.ndarray, labels: np.ndarray) -> float:
@@ -206,18 +244,18 @@ def _variance_within(features: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean([rows.var(0, ddof=1).sum() for rows in of_classes if len(rows) > 1] or [0.0]))
 
 
-# What --scores chooses from.
-SCORES: dict[str, Callable[[_Context], dict[str, Score]]] = {
-    "frechet": _frechet,
-    "spatial": _spatial_frechet,
-    "inception_score": _inception_score,
-    "precision_recall": _precision_recall,
-    "density_coverage": _density_coverage,
-    "kid": _kid,
-    "mmd": _mmd,
-    "infinity": _infinity,
-    "accuracy": _accuracy,
-    "diversity": _diversity,
+# What --scores chooses from: how it is computed, and the names of its scores without that of the network.
+SCORES: dict[str, tuple[Callable[[_Context], dict[str, Score]], tuple[str, ...]]] = {
+    "frechet": (_frechet, ("FD",)),
+    "spatial": (_spatial_frechet, ("sFD",)),
+    "inception_score": (_inception_score, ("IS",)),
+    "precision_recall": (_precision_recall, ("precision", "recall")),
+    "density_coverage": (_density_coverage, ("density", "coverage")),
+    "kid": (_kid, ("KID",)),
+    "mmd": (_mmd, ("MMD",)),
+    "infinity": (_infinity, ("FD_infinity",)),
+    "accuracy": (_accuracy, ("accuracy",)),
+    "diversity": (_diversity, ("diversity",)),
 }
 
 
@@ -232,7 +270,7 @@ def compute_scores(
     num_resamples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """The chosen scores that the network, the labels and the reference permit, by name.
+    """The chosen scores that the network, the labels and the numbers of images permit, by name.
 
     Args:
       extractor: that made `outputs`.
@@ -241,7 +279,7 @@ def compute_scores(
       reference: the real images.
       chosen: keys of `SCORES`.
       mode: of `precision_recall`; "adm_float16" adds that arithmetic's to those in float32.
-      num_resamples: of the bootstrap; by default 200, or 10 for features of more than 256 dimensions.
+      num_resamples: of the bootstrap; by default 200, or 10 for features of more than 256 dimensions; 0: no intervals.
       seed: of resamples and subsets.
 
     Raises:
@@ -254,11 +292,13 @@ def compute_scores(
             f"the reference has features of d = {len(reference.moments.mean)}, the extractor {extractor.name!r} has "
             f"d = {d}: it was made with another network"
         )
-    num_resamples = num_resamples or (10 if d > _LARGE_DIMENSION else 200)
+    if num_resamples is None:
+        num_resamples = _NUM_RESAMPLES[d > LARGE_DIMENSION]
     context = _Context(outputs, labels, reference, mode, num_resamples, seed)
     found = {}
     for key in chosen:
-        found |= {name_of(name, extractor): score for name, score in SCORES[key](context).items()}
+        compute, _ = SCORES[key]
+        found |= {name_of(name, extractor): score for name, score in compute(context).items()}
     return found
 
 

@@ -28,3 +28,10 @@ def barrier_on_all_hosts() -> Iterator[None]:
         raise error
     if have_failed.any():
         raise ValueError(f"host {have_failed.argmax()} failed, see its error")
+
+
+def of_first_host(value: bool) -> bool:
+    """The value of the first process, in all of them, so that they take the same branch."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))

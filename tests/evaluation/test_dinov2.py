@@ -82,7 +82,7 @@ def test_extractor(tmp_path, monkeypatch):
     assert found.keys() == {"features"} and found["features"].shape == (3, 48)
     assert np.abs(found["features"][0] - found["features"][1]).max() > 0.01
     assert_close(extractor(images)["features"], found["features"], 1e-5)
-    for wrong, word in ((images / 255, "uint8"), (images[..., :1], "colour"), (images // 128, "0 ... 1")):
+    for wrong, word in ((images / 255, "uint8"), (images[..., :1], "colour")):
         with pytest.raises(ValueError, match=word):
             extractor(wrong)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffussm_jax.evaluation.extractor import Extractor, check_images
+from diffussm_jax.evaluation.extractor import Extractor, check_images, check_range
 
 
 def moments(params, images):
@@ -90,8 +90,6 @@ def test_on_eight_devices():
     [
         (np.zeros((2, 8, 8, 3), np.float32), "uint8 from 0 to 255, got float32"),
         (np.full((2, 8, 8, 3), 9, np.int32), "got int32"),
-        (np.ones((2, 8, 8, 3), np.uint8), "the largest value is 1"),
-        (np.zeros((2, 8, 8, 1), np.uint8), "the largest value is 0"),
         (np.full((2, 3, 8, 8), 9, np.uint8), "[N, C, H, W]"),
         (np.full((2, 1, 8, 8), 9, np.uint8), "transpose"),
         (np.full((2, 8, 8), 9, np.uint8), "[2, 8, 8]"),
@@ -103,6 +101,19 @@ def test_images_that_cannot_be_scored(images, words):
     with pytest.raises(ValueError) as info:
         check_images(images)
     assert words in str(info.value)
+
+
+def test_images_from_0_to_1_are_found_by_their_largest_value():
+    check_range(2)
+    for largest in (0, 1):
+        with pytest.raises(ValueError, match=f"the largest value is {largest}.*0 ... 1"):
+            check_range(largest)
+
+
+def test_an_extractor_may_take_one_size():
+    check_images(np.full((2, 8, 8, 3), 9, np.uint8), image_size=8)
+    with pytest.raises(ValueError, match="8 x 8 pixels, got 9 x 8"):
+        check_images(np.full((2, 9, 8, 3), 9, np.uint8), image_size=8)
 
 
 def test_channels_of_the_extractor():

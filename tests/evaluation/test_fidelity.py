@@ -108,6 +108,11 @@ def test_sets_that_are_the_same_or_far_apart():
     assert found.recall == pytest.approx(5 / 50) and found.precision == 1
 
 
+def both(found):
+    assert len(found.num_balls) and found.is_covered.dtype == bool
+    return found.density, found.coverage
+
+
 @pytest.mark.parametrize("block_size", [None, 90])
 def test_density_and_coverage_equal_brute_force(block_size):
     x, y = features(300), features(250, seed=1, shift=0.05)
@@ -116,11 +121,14 @@ def test_density_and_coverage_equal_brute_force(block_size):
     found = density_coverage(x, y, block_size=block_size)
     assert found.density == pytest.approx(is_inside.sum() / (5 * 300), abs=2 / 300)
     assert found.coverage == pytest.approx(is_inside.any(0).mean(), abs=2 / 250)
-    same = density_coverage(np.repeat(x[:3], 8, axis=0), np.repeat(x[:3], 8, axis=0))
+    same = both(density_coverage(np.repeat(x[:3], 8, axis=0), np.repeat(x[:3], 8, axis=0)))
     assert same == (0, 0)  # open balls of radius 0
     line = np.arange(8.0)[:, None]
-    assert density_coverage(line[[7, 7]] + 1, line, k=1) == (0, 0)  # at the distance 1, the radius of the last ball
-    assert density_coverage(line[[7, 7]] + 0.9, line, k=1) == (1, 1 / 8)
+    assert both(density_coverage(line[[7, 7]] + 1, line, k=1)) == (
+        0,
+        0,
+    )  # at the distance 1, the radius of the last ball
+    assert both(density_coverage(line[[7, 7]] + 0.9, line, k=1)) == (1, 1 / 8)
 
 
 def unbiased_mmd(x, y, kernel):
