@@ -84,6 +84,7 @@ def test_errors_name_the_cause(tmp_path):
         validate(load_config(CONFIG))
 
 
+@pytest.mark.slow
 def test_one_command_trains_on_a_folder(tmp_path):
     make_images(tmp_path / "images", {"cat": 8, "dog": 9}, is_gray=True)
     settings = {"model.width": 16, "model.depth": 1, "num_steps": 2, "batch_size": 4, "sampling.num_steps": 2}

@@ -19,6 +19,7 @@ from PIL import Image
 from programs import run_program
 
 from diffussm_jax import evaluate, evaluate_images, evaluate_real, load_run
+from diffussm_jax.evaluate_sweep import combinations, parse_sweeps
 from diffussm_jax.evaluation.extractor import FEATURES, PROBABILITIES, Extractor
 from diffussm_jax.evaluation.frechet import Moments, frechet_distance
 
@@ -184,19 +185,24 @@ def test_two_processes_give_the_scores_of_one(tiny_run, tmp_path):
 
 def test_a_sweep_names_the_best_and_draws_it(tiny_run, tmp_path):
     printed = run(
-        f"--workdir={tiny_run}", f"--out={tmp_path}", *QUICK, "--sweep=steps:1,3", "--sweep=guidance_scale:1,1.5"
+        f"--workdir={tiny_run}", f"--out={tmp_path}", *QUICK, "--sweep=steps:3,1", "--sweep=guidance_scale:1.5"
     )
     with open(tmp_path / "sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["num_steps"], row["guidance_scale"]) for row in rows] == [
-        ("1", "1"), ("1", "1.5"), ("3", "1"), ("3", "1.5")
-    ]  # fmt: skip
-    assert [row["evaluations"] for row in rows] == ["1", "1", "3", "3"]
+    assert [(row["num_steps"], row["guidance_scale"]) for row in rows] == [("3", "1.5"), ("1", "1.5")]
+    assert [row["evaluations"] for row in rows] == ["3", "1"]
     best = min(rows, key=lambda row: float(row["FD-digits"]))
-    assert f"The best: num_steps {best['num_steps']}, guidance_scale {best['guidance_scale']}, FD-digits" in printed
+    assert f"The best: num_steps {best['num_steps']}, guidance_scale 1.5, FD-digits" in printed
     assert float(best["FD-digits_low"]) <= float(best["FD-digits"]) <= float(best["FD-digits_high"])
     assert Image.open(tmp_path / "sweep.png").size == (840, 540)
     assert "num_samples=20" in rows[0]["protocol"]
+
+
+def test_every_combination_of_a_sweep_is_made():
+    sweeps = parse_sweeps(["steps:10, 20", "guidance_interval:(0,0.5),(0.2,1)", "sampler:ddim"])
+    assert sweeps == {"num_steps": [10, 20], "guidance_interval": [(0, 0.5), (0.2, 1)], "sampler": ["ddim"]}
+    assert len(combinations(sweeps)) == 4
+    assert combinations(sweeps)[1] == {"num_steps": 10, "guidance_interval": (0.2, 1), "sampler": "ddim"}
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_the_best_checkpoint_is_chosen_by_what_is_measured():
     assert best_checkpoint(config) == Best("recall", "max")
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_give_no_scores(tmp_path, capsys, monkeypatch):
     config = scored_config()
     config.num_steps = 4

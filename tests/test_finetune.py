@@ -78,6 +78,7 @@ def test_a_step_or_an_export_can_be_chosen(tiny_run, tmp_path):
     assert split_checkpoint("gs://bucket/runs/a:best") == ("gs://bucket/runs/a", "best")
 
 
+@pytest.mark.slow
 def test_a_resume_does_not_read_it_again(tiny_run, tmp_path):
     config = changed(tiny_run)
     config.num_steps = 4

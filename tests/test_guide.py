@@ -82,6 +82,7 @@ def unclipped(config):
     return override(config, {"diffusion.clip_x_0": False})
 
 
+@pytest.mark.slow
 def test_a_guide_is_kept_with_other_options_and_confined_to_the_interval(tiny_run, run):
     images = run.sample(3)[0]
     np.testing.assert_array_equal(run.sample(3)[0], images)
@@ -107,6 +108,7 @@ def random_run(seed, guide=None, **changes):
     return Run(parts, params, 0, guide)
 
 
+@pytest.mark.slow
 def test_a_model_without_conditions_can_be_guided_by_one_of_another_size_and_target():
     main = {"data.num_classes": 0, "sampling.guidance_scale": SCALE}
     other = {"model.depth": 1, "diffusion.target": "v", "diffusion.has_learned_variance": False}
@@ -148,6 +150,7 @@ def test_a_guide_that_is_not_there_is_named(tiny_run, tmp_path):
         load_run(tiny_run, guide=f"{tmp_path}:3")
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_guide(tiny_run, tmp_path):
     arguments = (f"--workdir={tiny_run}", "--num_samples=3", f"--out={tmp_path / 'out'}", "--guide=8")
     code, printed = run_program(program.main, *arguments, f"--guidance_scale={SCALE}", flag_values=program._FLAGS)

@@ -60,6 +60,7 @@ def test_coefficients_give_back_what_was_stored_and_profiles_that_were_not():
         assert found.sum() == pytest.approx(1, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path):
     config = tiny_config()
     config.posthoc_ema_every = 2
