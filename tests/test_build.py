@@ -88,6 +88,7 @@ def _latent_config(latents, vae):
     return config
 
 
+@pytest.mark.slow
 def test_pixels_train_and_sample(images, tmp_path):
     assert train(build_experiment(_pixel_config(images)), tmp_path) is None
     assert load_run(tmp_path).sample(3)[0].shape == (3, SIZE, SIZE, 3)

@@ -99,6 +99,7 @@ def test_a_run_stores_averages_and_samples_from_one_that_it_never_kept(tmp_path)
     assert (run.params["final"]["bias"] != other.params["final"]["bias"]).any()
 
 
+@pytest.mark.slow
 def test_a_run_without_averages_says_so(tiny_run):
     with pytest.raises(FileNotFoundError, match=r"no averages in .*config.posthoc_ema_every"):
         load_run(tiny_run, ema_sigma=0.1)

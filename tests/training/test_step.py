@@ -124,6 +124,7 @@ def step_that_drops_some(model, labels, seed):
     raise AssertionError("none drops as many")
 
 
+@pytest.mark.slow
 def test_cutting_a_batch_changes_no_gradient_whichever_labels_are_dropped():
     states, losses = [], []
     for num_parts in (1, 4):
