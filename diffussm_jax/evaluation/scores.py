@@ -125,7 +125,8 @@ _NO_INTERVAL = (math.nan, math.nan, math.nan)
 def _distance(c: _Context, key: str, moments: Moments) -> Score:
     features = c.outputs[key]
     value = frechet_distance(features, moments)
-    return c.resampled(value, lambda rows: frechet_distance(features[rows], moments), "lower")
+    score = c.resampled(value, lambda rows: frechet_distance(features[rows], moments), "lower")
+    return score._replace(low=max(score.low, 0.0)) if score.low < 0 else score
 
 
 def _frechet(c: _Context) -> dict[str, Score]:
