@@ -14,6 +14,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -169,6 +170,26 @@ def define_checkpoint(flag_values: flags.FlagValues) -> tuple[flags.FlagHolder, 
         flag_values=flag_values,
     )
     return checkpoint, ema_sigma
+
+
+def define_sampling(flag_values: flags.FlagValues) -> Callable[[], dict[str, Any]]:
+    """Defines --sampler, --steps and --guidance_scale. Returns a function of those that are set, for `load_run`."""
+    holders = {
+        "sampler": flags.DEFINE_string(
+            "sampler", None, "ddpm, ddim, heun, ... Default: config.", flag_values=flag_values
+        ),
+        "num_steps": flags.DEFINE_integer(
+            "steps", None, "Number of sampling steps. Default: config.", lower_bound=1, flag_values=flag_values
+        ),
+        "guidance_scale": flags.DEFINE_float(
+            "guidance_scale",
+            None,
+            "Guidance scale; 1 disables guidance. Default: config.",
+            lower_bound=0.0,
+            flag_values=flag_values,
+        ),
+    }
+    return lambda: {key: holder.value for key, holder in holders.items() if holder.value is not None}
 
 
 def define_guide(flag_values: flags.FlagValues) -> flags.FlagHolder:

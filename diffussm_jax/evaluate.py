@@ -19,7 +19,6 @@ from etils import epath
 from tqdm import tqdm
 
 from diffussm_jax import cli, evaluate_images, evaluate_real
-from diffussm_jax.config import sampling_name
 from diffussm_jax.config_keys import MAX_SEED
 from diffussm_jax.evaluate_job import REPORT, Job, evaluate, write_report
 from diffussm_jax.evaluate_sweep import Swept, best_of, combinations, parse_sweeps, sweep_csv, sweep_plot
@@ -33,7 +32,7 @@ from diffussm_jax.evaluation.report import (
     text_comparison,
     text_report,
 )
-from diffussm_jax.evaluation.scores import SCORES
+from diffussm_jax.evaluation.scores import SCORES, name_of
 from diffussm_jax.io import check_path, check_writable, read_json, weights_hash, write_whole
 from diffussm_jax.options import check_names
 from diffussm_jax.run import Run, load_run, read_config
@@ -92,11 +91,7 @@ _LABELS = flags.DEFINE_enum(
     "Classes of samples: all in turn, or drawn at random.",
     flag_values=_FLAGS,
 )
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, heun, ... Default: config.", flag_values=_FLAGS)
-_STEPS = flags.DEFINE_integer("steps", None, "Sampling steps. Default: config.", lower_bound=1, flag_values=_FLAGS)
-_GUIDANCE_SCALE = flags.DEFINE_float(
-    "guidance_scale", None, "Guidance scale; 1 disables guidance. Default: config.", lower_bound=0.0, flag_values=_FLAGS
-)
+_SAMPLING = cli.define_sampling(_FLAGS)
 _SWEEP = flags.DEFINE_multi_string(
     "sweep", [], "KEY:VALUE,VALUE,... of config.sampling, such as num_steps:10,20; may be repeated.", flag_values=_FLAGS
 )
@@ -137,14 +132,13 @@ def _say(text: str) -> None:
 
 
 def _open_run() -> Run:
-    overrides = {"guidance_scale": _GUIDANCE_SCALE.value, "sampler": _SAMPLER.value, "num_steps": _STEPS.value}
     return load_run(
         _WORKDIR.value,
         _CHECKPOINT.value,
         ema_sigma=_EMA_SIGMA.value,
         guide=_GUIDE.value,
         vae=_VAE.value,
-        **{key: value for key, value in overrides.items() if value is not None},
+        **_SAMPLING(),
     )
 
 
@@ -174,13 +168,9 @@ def _make_job(features: str, image_size: int) -> Job:
     real = _open_real(features, image_size)
     extractor = evaluate_real.open_extractor(features, _WEIGHTS.value, real, _say)
     batch_size = _FEATURE_BATCH_SIZE.value
-    if _REFERENCE.value:
-        reference = evaluate_real.read_reference(_REFERENCE.value, extractor, batch_size)
-    else:
-        reference = evaluate_real.reference_of_images(extractor, real, batch_size)
     return Job(
         extractor=extractor,
-        reference=reference,
+        reference=evaluate_real.open_reference(_REFERENCE.value, extractor, real, batch_size),
         real=real,
         chosen=_SCORES.value,
         mode=_PRECISION_RECALL.value,
@@ -193,11 +183,9 @@ def _default_out(run: Run | None, features: str, num_samples: int) -> epath.Path
     if run is None:
         path = epath.Path(_SAMPLES.value)
         return path.parent / f"{path.name.removesuffix('.npz')}_{features}"
-    of_ema = "" if _EMA_SIGMA.value is None else f"_ema{_EMA_SIGMA.value:g}"
-    of_guide = "" if run.guide is None else f"_guide{run.guide.step}"
     of_labels = "" if _LABELS.value == evaluate_images.BALANCED else f"_{_LABELS.value}"
-    sampling = f"{sampling_name(run.config, _SEED.value)}_n{num_samples}{of_labels}"
-    return epath.Path(_WORKDIR.value) / "evaluation" / f"step_{run.step:08d}{of_ema}{of_guide}_{sampling}_{features}"
+    name = f"{run.samples_name(_SEED.value, _EMA_SIGMA.value)}_n{num_samples}{of_labels}_{features}"
+    return epath.Path(_WORKDIR.value) / "evaluation" / name
 
 
 def _images(run: Run, out: epath.Path, about: dict, num_samples: int) -> evaluate_images.Images:
@@ -220,13 +208,12 @@ def _evaluate(job: Job, images: evaluate_images.Images, out: epath.Path, **optio
     return report
 
 
-def _check_scores(extractor_distance: str) -> str:
+def _check_scores(distance: str) -> str:
     """The name of the score that a sweep is judged by. Raises ValueError for a score that is not computed."""
     check_names(_SCORES.value, SCORES, "score")
-    suffix = "" if extractor_distance == "FID" else "-" + extractor_distance.removeprefix("FD-")
     names = {}
     for key in _SCORES.value:
-        of_key = [name.replace("FD", "FID") if not suffix else name + suffix for name in SCORES[key][1]]
+        of_key = [name_of(name, distance) for name in SCORES[key][1]]
         names |= {key: of_key[0]} | {name: name for name in of_key}
     asked = _SWEEP_SCORE.value or _SCORES.value[0]
     check_names([asked], names, "score of --sweep_score")
@@ -278,6 +265,7 @@ def _sweep(
         name = "_".join(f"{key}-{value}" for key, value in values.items())
         folder = out / f"sweep_{re.sub('[^-.,+0-9A-Za-z_]', '', name)}"
         report = _evaluate(job, _images(run, folder, about, num_samples), folder, is_complete=False)
+        check_names([score], report["scores"], "score of --sweep_score")  # the samples or the network may not permit it
         points.append(Swept(values, report))
         _say(f"{points[-1].name}: {_value_of(points[-1], score)}")
     best, near = best_of(points, score)

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image
 
-from diffussm_jax.data.transforms import image_grid
+from diffussm_jax.data.transforms import image_grid, write_png
 from diffussm_jax.evaluate_images import Images
 from diffussm_jax.evaluate_real import RealData
 from diffussm_jax.evaluation.classifier import CLASSIFIERS
@@ -69,7 +68,7 @@ class Job:
 
     @property
     def is_large(self) -> bool:
-        """Whether features have so many dimensions that a Frechet distance takes seconds."""
+        """Whether a Fréchet distance of these features takes seconds."""
         return len(self.reference.moments.mean) > LARGE_DIMENSION
 
 
@@ -140,8 +139,8 @@ def _other_warnings(job: Job, images: np.ndarray) -> list[str]:
 
 def _float16_note(scores: Mapping[str, Score], job: Job) -> list[str]:
     """How much ADM's arithmetic moves precision and recall."""
-    names = [name_of(name, job.extractor) for name in ("precision", "recall")]
-    others = [name_of(f"{name}_adm_float16", job.extractor) for name in ("precision", "recall")]
+    names = [name_of(name, job.extractor.distance) for name in ("precision", "recall")]
+    others = [name_of(f"{name}_adm_float16", job.extractor.distance) for name in ("precision", "recall")]
     if not all(name in scores for name in others):
         return []
     moved = [scores[other].value - scores[name].value for name, other in zip(names, others, strict=True)]
@@ -214,7 +213,7 @@ def _neighbours(job: Job, features: np.ndarray, images: np.ndarray) -> tuple[dic
 
 def _png(image: np.ndarray) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image).save(content, "PNG")
+    write_png(content, image)
     return content.getvalue()
 
 

@@ -282,3 +282,10 @@ def read_reference(path: epath.PathLike, extractor: Extractor, batch_size: int =
     reference = Reference(moments, spatial, features, labels, about, images)
     reference.check_extractor(extractor)
     return reference
+
+
+def open_reference(path: str | None, extractor: Extractor, real: RealData | None, batch_size: int) -> Reference:
+    """The reference file at a path; without one, the statistics of the real images."""
+    if path:
+        return read_reference(path, extractor, batch_size)
+    return reference_of_images(extractor, real, batch_size)

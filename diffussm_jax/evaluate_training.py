@@ -6,7 +6,7 @@ import warnings
 import jax
 
 from diffussm_jax.build import Parts
-from diffussm_jax.evaluate_real import open_extractor, open_real_data, read_reference, reference_of_images
+from diffussm_jax.evaluate_real import open_extractor, open_real_data, open_reference
 from diffussm_jax.evaluation.classifier import CLASSIFIERS
 from diffussm_jax.evaluation.scores import Reference, compute_scores
 from diffussm_jax.run import Run
@@ -28,10 +28,7 @@ def score_hook(parts: Parts) -> HookFactory:
     is_classifier = keys.features in CLASSIFIERS
     real = open_real_data("", run_config=config) if is_classifier or not keys.reference else None
     extractor = open_extractor(keys.features, keys.weights, real, log)
-    if keys.reference:
-        reference = read_reference(keys.reference, extractor)
-    else:
-        reference = reference_of_images(extractor, real, _BATCH_SIZE)
+    reference = open_reference(keys.reference, extractor, real, _BATCH_SIZE)
     score = functools.partial(_score, parts, extractor, reference, config.scores.num_samples)
     return functools.partial(scores, score=score, every=config.eval_scores_every)
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import safetensors
 from etils import epath
 
 _CHUNK_BYTES = 1 << 20
@@ -101,6 +103,36 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
             f"{path} is damaged, no .npz, or holds pickled objects, which are never unpickled: {error}"
         ) from error
     return found
+
+
+_SAFETENSORS_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
+
+
+def read_safetensors(
+    path: epath.PathLike, dtypes: tuple[str, ...] = ("F32", "F16", "BF16")
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; bfloat16 too, which `safetensors.numpy` does not read.
+
+    Args:
+      path: of the file.
+      dtypes: that are allowed, by the names of safetensors.
+
+    Raises:
+      FileNotFoundError: there is no file.
+      ValueError: it is damaged, or a tensor has another dtype.
+    """
+    content = epath.Path(path).read_bytes()
+    try:
+        entries = safetensors.deserialize(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"{path}: tensor {name} is of dtype {entry['dtype']}; supported is {', '.join(dtypes)}")
+        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors, header.get("__metadata__") or {}
 
 
 def check_writable(path: epath.PathLike) -> None:

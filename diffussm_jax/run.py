@@ -64,6 +64,12 @@ class Run:
         """Between images and x_0."""
         return self.parts.codec
 
+    def samples_name(self, seed: int, ema_sigma: float | None = None) -> str:
+        """How samples of this run are drawn, for the names of files; `ema_sigma` as it was given to `load_run`."""
+        of_ema = "" if ema_sigma is None else f"_ema{ema_sigma:g}"
+        of_guide = "" if self.guide is None else f"_guide{self.guide.step}"
+        return f"step_{self.step:08d}{of_ema}{of_guide}_{config_lib.sampling_name(self.config, seed)}"
+
     @functools.cached_property
     def _generator(self) -> Generator:
         """`parts.generator`, guided by the guide if there is one."""

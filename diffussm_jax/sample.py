@@ -11,7 +11,6 @@ from etils import epath
 from tqdm import tqdm
 
 from diffussm_jax import cli
-from diffussm_jax.config import sampling_name
 from diffussm_jax.config_keys import MAX_SEED
 from diffussm_jax.data.transforms import image_grid, save_png
 from diffussm_jax.io import check_writable
@@ -23,13 +22,7 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 100, "Number of images.", low
 _LABELS = flags.DEFINE_list(
     "labels", None, "Classes, such as 0,3,7; images cycle through them. Default: all.", flag_values=_FLAGS
 )
-_GUIDANCE_SCALE = flags.DEFINE_float(
-    "guidance_scale", None, "Guidance scale; 1 disables guidance. Default: config.", lower_bound=0.0, flag_values=_FLAGS
-)
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, heun, ... Default: config.", flag_values=_FLAGS)
-_STEPS = flags.DEFINE_integer(
-    "steps", None, "Number of sampling steps. Default: config.", lower_bound=1, flag_values=_FLAGS
-)
+_SAMPLING = cli.define_sampling(_FLAGS)
 _OUT = flags.DEFINE_string(
     "out",
     None,
@@ -64,9 +57,7 @@ def check_outputs(out: epath.PathLike) -> None:
 
 def default_out(workdir: epath.PathLike, run: Run, seed: int, ema_sigma: float | None = None) -> epath.Path:
     """A path in WORKDIR/samples that says how images are sampled, and at which no file is yet."""
-    of_ema = "" if ema_sigma is None else f"_ema{ema_sigma:g}"
-    of_guide = "" if run.guide is None else f"_guide{run.guide.step}"
-    name = f"step_{run.step:08d}{of_ema}{of_guide}_{sampling_name(run.config, seed)}_samples"
+    name = f"{run.samples_name(seed, ema_sigma)}_samples"
     names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
     paths = (epath.Path(workdir) / "samples" / name for name in names)
     return next(path for path in paths if not any(output.exists() for output in output_paths(path)))
@@ -97,14 +88,13 @@ def main() -> int:
     cli.use_compilation_cache(_COMPILATION_CACHE.value)
     if _OUT.value:
         check_outputs(_OUT.value)
-    overrides = {"guidance_scale": _GUIDANCE_SCALE.value, "sampler": _SAMPLER.value, "num_steps": _STEPS.value}
     run = load_run(
         _WORKDIR.value,
         _CHECKPOINT.value,
         ema_sigma=_EMA_SIGMA.value,
         guide=_GUIDE.value,
         vae=_VAE.value,
-        **{key: value for key, value in overrides.items() if value is not None},
+        **_SAMPLING(),
     )
     if run.guide is not None and run.config.sampling.guidance_scale == 1:
         raise ValueError("--guide does nothing with config.sampling.guidance_scale = 1: give a larger --guidance_scale")

@@ -28,7 +28,7 @@ def stand_in(monkeypatch):
     features = EXTRACTOR(REAL)[FEATURES]
     reference = Reference(Moments.of(features), None, features, None, {})
     monkeypatch.setattr(evaluate_training, "open_extractor", lambda *arguments: EXTRACTOR)
-    monkeypatch.setattr(evaluate_training, "reference_of_images", lambda *arguments: reference)
+    monkeypatch.setattr(evaluate_training, "open_reference", lambda *arguments: reference)
 
 
 def scored_config():

@@ -15,12 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from etils import epath
 
 from diffussm_jax.autoencoder.kl import DTYPES, AutoencoderKL
-from diffussm_jax.io import check_same_shapes, path_of, shapes_by_path, weights_hash
+from diffussm_jax.io import check_same_shapes, path_of, read_safetensors, shapes_by_path, weights_hash
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,7 +51,6 @@ _IGNORED = ("sample_size", "force_upcast")  # the tile size and the dtype policy
 _MAX_LEVELS, _MAX_COUNT = 16, 1 << 16
 _MIN_TENSORS_OF_BLOCK = 8  # two convolutions and two norms
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_TENSOR_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
 def from_diffusers(path: epath.PathLike, *, dtype: str = "float32") -> tuple[AutoencoderKL, dict[str, Any]]:
@@ -75,7 +73,7 @@ def from_diffusers(path: epath.PathLike, *, dtype: str = "float32") -> tuple[Aut
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     directory = _find(path)
     model = AutoencoderKL(**_read_config(directory / CONFIG), dtype=jnp.dtype(dtype))
-    tensors = _rename_attention(_read_tensors(directory / WEIGHTS))
+    tensors = _rename_attention(read_safetensors(directory / WEIGHTS)[0])
     _check_depth(model, len(tensors), directory)
     try:
         shapes = _param_shapes(model)
@@ -238,21 +236,6 @@ def _check_depth(model: AutoencoderKL, num_tensors: int, directory: epath.Path) 
             f"{directory / CONFIG}: layers_per_block is {model.layers_per_block} with {num_levels} levels, which takes "
             f"{_MIN_TENSORS_OF_BLOCK * num_blocks:,} tensors and more; {WEIGHTS} holds {num_tensors}"
         )
-
-
-def _read_tensors(file: epath.Path) -> dict[str, np.ndarray]:
-    # safetensors.numpy.load does not support bfloat16.
-    try:
-        entries = safetensors.deserialize(file.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
-    tensors = {}
-    for name, entry in entries:
-        if entry["dtype"] not in _TENSOR_DTYPES:
-            supported = ", ".join(_TENSOR_DTYPES)
-            raise ValueError(f"{file}: tensor {name} is of dtype {entry['dtype']}; supported is {supported}")
-        tensors[name] = np.frombuffer(entry["data"], _TENSOR_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
 
 
 def _rename_attention(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -160,4 +161,9 @@ def save_png(path, image: np.ndarray) -> None:
     from etils import epath
 
     with epath.Path(path).open("wb") as file:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="PNG")
+        write_png(file, image)
+
+
+def write_png(file: BinaryIO, image: np.ndarray) -> None:
+    """Writes [H, W, C] uint8, C = 1 or 3, as PNG to an open file."""
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="PNG")

@@ -8,7 +8,6 @@ Samples must be compared with images that the classifier was not trained on.
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -16,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
 import safetensors.numpy
 from etils import epath
 from jax.experimental import multihost_utils
 
 from diffussm_jax.evaluation.extractor import DISTANCES, FEATURES, PROBABILITIES, Extractor, check_images
-from diffussm_jax.io import check_same_shapes, path_of, shapes_by_path, weights_hash, write_whole
+from diffussm_jax.io import check_same_shapes, path_of, read_safetensors, shapes_by_path, weights_hash, write_whole
 
 _VERSION = 1  # of the network and its training; another one trains anew
 
@@ -200,15 +198,13 @@ def _read_params(name: str, path: epath.Path) -> dict:
     model = Classifier(training.widths, training.num_classes)
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(size, jnp.uint8)))["params"]
     try:
-        content = path.read_bytes()
-        tensors = safetensors.numpy.load(content)
-        sha256 = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sha256"]
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it, and the classifier is trained anew") from error
+        tensors, metadata = read_safetensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and the classifier is trained anew") from error
     found = {key: tensor.shape for key, tensor in tensors.items()}
     check_same_shapes(shapes_by_path(like), found, f"{path} does not hold the classifier {name}")
     params = jax.tree_util.tree_map_with_path(lambda p, leaf: tensors[path_of(p)], like)
-    if weights_hash(params) != sha256:
+    if weights_hash(params) != (sha256 := metadata.get("sha256")):
         raise ValueError(f"{path} is damaged: its weights do not have the SHA-256 {sha256}; delete it")
     return params
 

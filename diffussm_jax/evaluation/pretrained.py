@@ -5,7 +5,6 @@ safetensors cannot hold code. All formats give the same tensors, by the names of
 SHA-256. `convert` writes them once as safetensors into the user's cache, where PyTorch is no longer needed.
 """
 
-import json
 import pickle
 import re
 import zipfile
@@ -19,7 +18,15 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from diffussm_jax.io import cache_folder, check_same_shapes, file_sha256, read_npz, weights_hash, write_whole
+from diffussm_jax.io import (
+    cache_folder,
+    check_same_shapes,
+    file_sha256,
+    read_npz,
+    read_safetensors,
+    weights_hash,
+    write_whole,
+)
 
 Tensors = dict[str, np.ndarray]
 
@@ -27,7 +34,7 @@ _PYTORCH = (".pth", ".pt")
 SUFFIXES = (*_PYTORCH, ".safetensors", ".npz")
 _FORMAT = "diffussm_jax.pretrained"
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth?")  # the convention of torch.hub
-_SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_DTYPES = ("F32", "F16", "BF16", "F64")  # of safetensors files
 _ERRORS_OF_TORCH = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError),
     *(OSError, EOFError, KeyError, IndexError, AttributeError),
@@ -150,24 +157,8 @@ def _read_file(path: epath.Path) -> tuple[Tensors, dict[str, Any]]:
             "if that is no hash, rename it"
         )
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_safetensors(path, _DTYPES)
     return (_read_pytorch(path) if path.suffix in _PYTORCH else read_npz(path)), {}
-
-
-def _read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, Any]]:
-    try:
-        content = path.read_bytes()
-        entries = safetensors.deserialize(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
-    tensors = {}
-    for name, entry in entries:
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            supported = ", ".join(_SAFETENSORS_DTYPES)
-            raise ValueError(f"{path}: tensor {name} is of dtype {entry['dtype']}; supported is {supported}")
-        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors, header.get("__metadata__") or {}
 
 
 def _read_pytorch(path: epath.Path) -> Tensors:

@@ -112,16 +112,17 @@ def _tables(report: Mapping) -> list[tuple[str, list[tuple[str, ...]]]]:
     return tables
 
 
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def text_report(report: Mapping) -> str:
     """The report as text for a terminal."""
     lines = []
     for title, rows in _tables(report):
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["", title]
-        lines += [
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines += ["", title, *(f"  {line}" for line in _aligned(rows))]
     lines += ["", "Protocol", "  " + protocol_line(report["protocol"])]
     lines += [f"\n{note}" for note in report["notes"]]
     lines += [f"\nWARNING: {warning}" for warning in report["warnings"]]
@@ -250,8 +251,7 @@ def text_comparison(differences: Sequence[Difference]) -> str:
                 "differs" if d.is_larger_than_noise else "within the noise",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = _aligned(rows)
     if any(d.noise == "resampling" for d in differences):
         lines.append(
             "The noise is that of the samples alone. A new training seed moves FID by about "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffussm_jax.evaluation.bootstrap import bootstrap, from_halves, proportion_interval
+from diffussm_jax.evaluation.bootstrap import Interval, bootstrap, from_halves, proportion_interval
 from diffussm_jax.evaluation.extractor import FEATURES, PROBABILITIES, SPATIAL, Extractor
 from diffussm_jax.evaluation.fidelity import density_coverage, gaussian_mmd, inception_score, kid, precision_recall
 from diffussm_jax.evaluation.frechet import FewSamplesWarning, Moments, frechet_distance, frechet_infinity
@@ -23,6 +23,8 @@ _NUM_RESAMPLES = {False: 200, True: 10}  # by whether features are large
 _NUM_HALVES = {False: 20, True: 5}
 # Behind the names of precision and recall in each arithmetic.
 _SUFFIXES = {"float32": "", "adm_float16": "_adm_float16"}
+_NO_INTERVAL = (math.nan, math.nan, math.nan)
+_ANY, _NOT_NEGATIVE = (-math.inf, math.inf), (0.0, math.inf)  # values that a score may have
 
 
 class Score(NamedTuple):
@@ -92,41 +94,40 @@ class _Context(NamedTuple):
         """The number of samples or of single reference images, whichever is smaller."""
         return min(len(self.features), len(self.reference.features))
 
-    def resampled(self, value: float, score: Callable[[np.ndarray], float], is_better: str) -> Score:
-        """With the interval of the bootstrap."""
+    def resampled(
+        self, value: float, score: Callable[[np.ndarray], float], is_better: str, allowed: tuple[float, float] = _ANY
+    ) -> Score:
+        """With the interval of the bootstrap, cut to what is allowed."""
         if not self.num_resamples:
             return Score(value, *_NO_INTERVAL, is_better)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once, of the samples themselves
-            options = {"num_resamples": self.num_resamples, "seed": self.seed}
-            return Score(value, *bootstrap(score, len(self.features), **options), is_better)
+            found = bootstrap(score, len(self.features), num_resamples=self.num_resamples, seed=self.seed)
+        return _cut(value, found, is_better, allowed)
 
     def from_halves(
-        self,
-        value: float,
-        score: Callable[[np.ndarray], float],
-        is_better: str,
-        allowed: tuple[float, float] = (-math.inf, math.inf),
+        self, value: float, score: Callable[[np.ndarray], float], is_better: str, allowed: tuple[float, float] = _ANY
     ) -> Score:
-        """With the interval from halves of the samples, for scores that duplicates change; cut to what is allowed."""
+        """With the interval from halves of the samples, for scores that duplicates change; cut likewise."""
         N, d = self.features.shape
         if not self.num_resamples or N < 4:
             return Score(value, *_NO_INTERVAL, is_better)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             num_halves = _NUM_HALVES[d > LARGE_DIMENSION]
-            low, high, deviation = from_halves(score, N, value, num_halves=num_halves, seed=self.seed)
-        return Score(value, max(low, allowed[0]), min(high, allowed[1]), deviation, is_better)
+            found = from_halves(score, N, value, num_halves=num_halves, seed=self.seed)
+        return _cut(value, found, is_better, allowed)
 
 
-_NO_INTERVAL = (math.nan, math.nan, math.nan)
+def _cut(value: float, interval: Interval, is_better: str, allowed: tuple[float, float]) -> Score:
+    low, high, deviation = interval
+    return Score(value, max(low, allowed[0]), min(high, allowed[1]), deviation, is_better)
 
 
 def _distance(c: _Context, key: str, moments: Moments) -> Score:
     features = c.outputs[key]
     value = frechet_distance(features, moments)
-    score = c.resampled(value, lambda rows: frechet_distance(features[rows], moments), "lower")
-    return score._replace(low=max(score.low, 0.0)) if score.low < 0 else score
+    return c.resampled(value, lambda rows: frechet_distance(features[rows], moments), "lower", _NOT_NEGATIVE)
 
 
 def _frechet(c: _Context) -> dict[str, Score]:
@@ -215,7 +216,7 @@ def _mmd(c: _Context) -> dict[str, Score]:
     def of_rows(rows):
         return gaussian_mmd(c.features[rows], c.reference.features)
 
-    return {"MMD": c.from_halves(value, of_rows, "lower", (0, math.inf))}  # a square
+    return {"MMD": c.from_halves(value, of_rows, "lower", _NOT_NEGATIVE)}
 
 
 def _accuracy(c: _Context) -> dict[str, Score]:
@@ -299,15 +300,13 @@ def compute_scores(
     found = {}
     for key in chosen:
         compute, _ = SCORES[key]
-        found |= {name_of(name, extractor): score for name, score in compute(context).items()}
+        found |= {name_of(name, extractor.distance): score for name, score in compute(context).items()}
     return found
 
 
-def name_of(score: str, extractor: Extractor) -> str:
-    """The name of a score in reports: "FID" and "precision" for Inception, else "FD-digits" and "precision-digits"."""
-    if extractor.distance == "FID":
-        return score.replace("FD", "FID")
-    return f"{score}-{extractor.distance.removeprefix('FD-')}"
+def name_of(score: str, distance: str) -> str:
+    """The name of a score in reports, by that of the Frechet distance: "recall" with "FID", else "recall-digits"."""
+    return score.replace("FD", "FID") if distance == "FID" else f"{score}-{distance.removeprefix('FD-')}"
 
 
 class EqualSize(NamedTuple):
