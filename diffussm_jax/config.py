@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from diffussm_jax import migrations, registry
 from diffussm_jax.config_keys import AUTO_METRIC, GROUPS, General, Sampling
 from diffussm_jax.evaluation.extractor import DISTANCES
-from diffussm_jax.models import DIFFUSSM_SIZES
 from diffussm_jax.options import check_names, flatten, options_of
 from diffussm_jax.training.checkpoint import EVAL_LOSS, Best
 
@@ -208,10 +207,15 @@ def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
 
 
 def apply_size(config: ConfigDict, size: str) -> None:
-    """Sets the model's width and depth to those of a named size; ValueError for another name."""
-    if size not in DIFFUSSM_SIZES:
-        raise ValueError(f"unknown model size {size!r}; choose one of {', '.join(DIFFUSSM_SIZES)}")
-    config.model.update(DIFFUSSM_SIZES[size])
+    """Sets the options of the chosen model, such as width and depth, to a named size of it.
+
+    Raises:
+      ValueError: there is no such size.
+    """
+    sizes = registry.component("model", config.model.name).sizes
+    if size not in sizes:
+        raise ValueError(f"unknown model size {size!r}; choose one of {', '.join(sizes)}")
+    config.model.update(sizes[size])
 
 
 def use_latents(config: ConfigDict, *, vae: str = "stabilityai/sd-vae-ft-ema", holdout: float = 0.002) -> None:
@@ -220,18 +224,20 @@ def use_latents(config: ConfigDict, *, vae: str = "stabilityai/sd-vae-ft-ema", h
     config.data.update(num_channels=4, downsampling=8, scaling_factor=0.18215, vae=vae, eval_split="", holdout=holdout)
 
 
-def paper_config(size: str, *, image_size: int, num_classes: int) -> ConfigDict:
+def paper_config(size: str, *, image_size: int, num_classes: int, model: str = "diffussm") -> ConfigDict:
     """The paper's training setting on latents (arXiv 2311.18257, section 4.1; where it is silent, as DiT and ADM).
 
     Args:
-      size: "S", "L" or "XL".
+      size: of the model, such as "S", "L" or "XL".
       image_size: pixels.
       num_classes: 0 for unconditional.
+      model: a name of the registry.
 
     Raises:
       ValueError: the size is unknown.
     """
     config = default_config()
+    choose(config, "model.name", model)
     apply_size(config, size)
     config.model.remat = "block"
     config.model.dtype = "bfloat16"

@@ -18,42 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffussm_jax.layers import PYTORCH_INIT, attend, conv, group_norm
+
 DTYPES = ("float32", "bfloat16")
-QUERY_CHUNK = 1024
 LOGVAR_RANGE = (-30.0, 20.0)  # as in diffusers
-
-_PYTORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # of convolutions and linear layers
-
-
-def _conv(features: int, size: int, dtype: jnp.dtype, name: str | None = None, **kwargs) -> nn.Conv:
-    kwargs = {"padding": size // 2, "kernel_init": _PYTORCH_INIT, **kwargs}
-    return nn.Conv(features, (size, size), dtype=dtype, name=name, **kwargs)
-
-
-def group_norm(num_groups: int, name: str | None = None) -> nn.GroupNorm:
-    """GroupNorm in float32 for any input dtype, with the epsilon of diffusers."""
-    # Flax's fast variance, E[x^2] - E[x]^2, loses digits for large means.
-    return nn.GroupNorm(num_groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, query_chunk: int = QUERY_CHUNK) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v with one head, for q, k, v [B, L, C] float; returns v's dtype.
-
-    Logits and softmax are float32. Queries are processed in chunks of `query_chunk`, so that memory is linear in L.
-    """
-    B, L, C = q.shape
-
-    def attend_chunk(q):
-        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * C**-0.5
-        weights = nn.softmax(logits, -1).astype(v.dtype)
-        return jnp.einsum("bqk,bkc->bqc", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
-
-    if L <= query_chunk:
-        return attend_chunk(q)
-    chunks = jnp.pad(q, ((0, 0), (0, -L % query_chunk), (0, 0))).reshape(B, -1, query_chunk, C)
-    # Without the checkpoint the backward pass would keep the attention weights of all chunks.
-    out = jax.lax.map(jax.checkpoint(attend_chunk), chunks.swapaxes(0, 1))
-    return out.swapaxes(0, 1).reshape(B, -1, C)[:, :L]
 
 
 class ResnetBlock(nn.Module):
@@ -68,9 +36,9 @@ class ResnetBlock(nn.Module):
         h = x
         for i in (1, 2):
             h = nn.silu(group_norm(self.norm_num_groups, f"norm{i}")(h))
-            h = _conv(self.features, 3, self.dtype, f"conv{i}")(h)
+            h = conv(self.features, 3, self.dtype, f"conv{i}")(h)
         if x.shape[-1] != self.features:
-            x = _conv(self.features, 1, self.dtype, "conv_shortcut")(x)
+            x = conv(self.features, 1, self.dtype, "conv_shortcut")(x)
         return x + h
 
 
@@ -85,9 +53,9 @@ class Attention(nn.Module):
         B, H, W, C = x.shape
 
         def dense(name):
-            return nn.Dense(C, dtype=self.dtype, kernel_init=_PYTORCH_INIT, name=name)
+            return nn.Dense(C, dtype=self.dtype, kernel_init=PYTORCH_INIT, name=name)
 
-        h = group_norm(self.norm_num_groups, "group_norm")(x).reshape(B, H * W, C)
+        h = group_norm(self.norm_num_groups, "group_norm")(x).reshape(B, H * W, 1, C)
         h = attend(dense("to_q")(h), dense("to_k")(h), dense("to_v")(h))
         return x + dense("to_out_0")(h).reshape(B, H, W, C)
 
@@ -114,9 +82,9 @@ class Resample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.is_up:
-            return _conv(x.shape[-1], 3, self.dtype, "conv")(x.repeat(2, 1).repeat(2, 2))
+            return conv(x.shape[-1], 3, self.dtype, "conv")(x.repeat(2, 1).repeat(2, 2))
         # Zero padding after the last row and column only, as in latent diffusion.
-        return _conv(x.shape[-1], 3, self.dtype, "conv", strides=2, padding=((0, 1), (0, 1)))(x)
+        return conv(x.shape[-1], 3, self.dtype, "conv", strides=2, padding=((0, 1), (0, 1)))(x)
 
 
 class Level(nn.Module):
@@ -156,7 +124,7 @@ class Coder(nn.Module):
         blocks, resampler = ("up_blocks", "upsamplers") if self.is_decoder else ("down_blocks", "downsamplers")
         middle = MidBlock(self.norm_num_groups, self.dtype, name="mid_block")
 
-        x = _conv(channels[0], 3, self.dtype, "conv_in")(x)
+        x = conv(channels[0], 3, self.dtype, "conv_in")(x)
         if self.is_decoder:
             x = middle(x)
         for i, features in enumerate(channels):
@@ -167,7 +135,7 @@ class Coder(nn.Module):
         if not self.is_decoder:
             x = middle(x)
         x = nn.silu(group_norm(self.norm_num_groups, "conv_norm_out")(x))
-        return _conv(self.features, 3, jnp.float32, "conv_out")(x)
+        return conv(self.features, 3, jnp.float32, "conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):
@@ -223,8 +191,8 @@ class AutoencoderKL(nn.Module):
         C = self.latent_channels
         self.encoder = Coder(False, features=2 * C, num_blocks=self.layers_per_block, **shared)
         self.decoder = Coder(True, features=self.out_channels, num_blocks=self.layers_per_block + 1, **shared)
-        self.quant_conv = _conv(2 * C, 1, jnp.float32) if self.use_quant_conv else None
-        self.post_quant_conv = _conv(C, 1, jnp.float32) if self.use_post_quant_conv else None
+        self.quant_conv = conv(2 * C, 1, jnp.float32) if self.use_quant_conv else None
+        self.post_quant_conv = conv(C, 1, jnp.float32) if self.use_post_quant_conv else None
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encodes images to Gaussians over latents.

@@ -79,8 +79,8 @@ class Objective:
         if self.target.divides_by_alpha and self.process.alpha(self.process.times(1))[0] == 0:
             target = type(self.target).__name__
             raise ValueError(
-                f"the target {target} divides by alpha, which is 0 at the last time of {name}: of rectified flow, and of "
-                "any schedule with has_zero_terminal_snr; choose target = x_0, v or velocity"
+                f"the target {target} divides by alpha, which is 0 at the last time of {name}: of rectified flow, and "
+                "of any schedule with has_zero_terminal_snr; choose target = x_0, v or velocity"
             )
 
     def num_output_channels(self, num_channels: int) -> int:

@@ -62,6 +62,7 @@ class Backbone(nn.Module, kw_only=True):
     conditioners: Mapping[str, ConditionerFactory] = dataclasses.field(default_factory=lambda: class_labels(1000))
     num_outputs: Annotated[int, NOT_AN_OPTION] = 2
     sharding_rules: ClassVar[Rules] = ()
+    sizes: ClassVar[Mapping[str, Mapping[str, int]]] = {}  # named sizes: values of options, as "XL": {"width": ...}
 
     def check(self, input_shape: tuple[int, int, int]) -> None:
         """Raises ValueError, naming values and what is allowed, if the model cannot take inputs (H, W, C)."""

@@ -19,7 +19,7 @@ each S4D above is the sum of two, one along the rows of the latent and one along
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax
@@ -129,6 +129,8 @@ class DiffuSSM(Backbone):
     remat: Annotated[str, Choices(REMAT_POLICIES), CHANGEABLE_ON_RESUME] = "none"
     scan_unroll: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 1
     dtype: Annotated[str, Choices(("float32", "bfloat16"))] = "float32"
+
+    sizes: ClassVar[Mapping[str, Mapping[str, int]]] = DIFFUSSM_SIZES
 
     @property
     def sharding_rules(self) -> Rules:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from diffussm_jax.autoencoder import AutoencoderKL, sample_latents, tiled_decode, tiled_encode
-from diffussm_jax.autoencoder.kl import QUERY_CHUNK, Resample, attend, group_norm
+from diffussm_jax.autoencoder.kl import Resample
+from diffussm_jax.layers import group_norm
 from diffussm_jax.autoencoder.tiling import blend_weights
 
 BFLOAT16_RTOL = 0.04
@@ -100,42 +101,6 @@ def test_doubling_repeats_pixels():
     kernel[1, 1] = 1
     actual = Resample(True, jnp.float32).apply({"params": {"conv": {"kernel": kernel, "bias": np.zeros(1)}}}, x)
     np.testing.assert_array_equal(actual, np.kron(x, np.ones((1, 2, 2, 1))))
-
-
-@pytest.mark.parametrize("query_chunk", [1, 5, 12, 13, 64])
-def test_attention_against_numpy(query_chunk):
-    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 13, 6)) * 2
-    logits = q @ k.swapaxes(1, 2) / np.sqrt(6)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    expected = weights / weights.sum(-1, keepdims=True) @ v
-    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    assert_close(jax.jit(attend, static_argnums=3)(q, k, v, query_chunk), expected, 1e-6)
-
-    def loss(q, k, v, chunk):
-        return jnp.sum(attend(q, k, v, chunk) ** 3)
-
-    gradients = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
-    for actual, whole in zip(*(gradients(q, k, v, c) for c in (query_chunk, 13)), strict=True):
-        assert_close(actual, whole, 1e-5)
-
-
-def largest_array(jaxpr):
-    """Elements of the largest array that is computed in a jaxpr."""
-    sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
-    inner = [getattr(value, "jaxpr", value) for eqn in jaxpr.eqns for value in eqn.params.values()]
-    return max(sizes + [largest_array(sub) for sub in inner if hasattr(sub, "eqns")])
-
-
-@pytest.mark.parametrize("what", ["values", "gradients"])
-def test_attention_takes_memory_linear_in_positions(what):
-    def gradient(q, k, v, chunk=QUERY_CHUNK):
-        return jax.grad(lambda *x: attend(*x, chunk).sum(), (0, 1, 2))(q, k, v)
-
-    function = attend if what == "values" else gradient
-    L, C = 9216, 16  # 96 x 96 latents, of 768 px
-    x = jax.ShapeDtypeStruct((1, L, C), jnp.float32)
-    assert largest_array(jax.make_jaxpr(function)(x, x, x).jaxpr) == QUERY_CHUNK * L
-    assert largest_array(jax.make_jaxpr(lambda *x: function(*x, L))(x, x, x).jaxpr) == L * L
 
 
 @pytest.mark.parametrize(("dtype", "mean", "std"), [("float32", 1000, 1), ("bfloat16", 300, 8), ("float32", 0, 1)])

@@ -18,6 +18,7 @@ import pytest
 
 from diffussm_jax.autoencoder import AutoencoderKL, from_diffusers, to_diffusers
 from diffussm_jax.autoencoder.kl import Attention, Level, MidBlock, ResnetBlock
+from diffussm_jax.layers import attend
 
 torch = pytest.importorskip("torch", reason="parity with diffusers needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="parity with diffusers needs diffusers")
@@ -182,7 +183,7 @@ def test_submodules(name, module, shape):
 
 def test_attention_in_chunks(monkeypatch):
     # More positions than are computed at a time, and no multiple of that.
-    monkeypatch.setattr("diffussm_jax.autoencoder.kl.attend.__defaults__", (100,))
+    monkeypatch.setitem(attend.__kwdefaults__, "query_chunk", 100)
     reference = torch_model(**CONFIGS["f4"]).encoder.mid_block.attentions[0]
     x = 2 * random(2, 17, 19, 16)
     variables = {"params": params_of(reference)}
