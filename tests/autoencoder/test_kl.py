@@ -17,8 +17,8 @@ import pytest
 
 from diffussm_jax.autoencoder import AutoencoderKL, sample_latents, tiled_decode, tiled_encode
 from diffussm_jax.autoencoder.kl import Resample
-from diffussm_jax.layers import group_norm
 from diffussm_jax.autoencoder.tiling import blend_weights
+from diffussm_jax.layers import group_norm
 
 BFLOAT16_RTOL = 0.04
 SMOOTH_RTOL = 0.3  # of tiles against the whole, here with random weights; an unrelated image would be at 1.4
