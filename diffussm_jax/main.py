@@ -14,6 +14,7 @@ from diffussm_jax.build import Parts
 from diffussm_jax.data_config import complete_from_data
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.io import check_path
+from diffussm_jax.models.costs import modules, table
 from diffussm_jax.parallel.mesh import make_mesh, platform_of
 from diffussm_jax.training.loop import train
 from diffussm_jax.validation import per_device_microbatch, validate
@@ -42,6 +43,12 @@ _PROFILE_STEPS = flags.DEFINE_string(
 _WANDB_PROJECT = flags.DEFINE_string(
     "wandb_project", None, "Weights & Biases project for the metrics (extra wandb).", flag_values=_FLAGS
 )
+_DESCRIBE = flags.DEFINE_bool(
+    "describe",
+    False,
+    "Print the model's modules with their parameters, multiply-adds and activations, and exit; needs no workdir.",
+    flag_values=_FLAGS,
+)
 
 
 def describe(config: ConfigDict) -> str:
@@ -66,6 +73,14 @@ def describe(config: ConfigDict) -> str:
     return f"{model}\n{machine}"
 
 
+def module_table(config: ConfigDict) -> str:
+    """A table of the model's modules (`models.costs.table`), for one image of a microbatch of a device."""
+    parts = Parts(config, make_mesh(**config.mesh.to_dict()))
+    if not parts.trains_model:
+        return f"task {config.task.name} trains no backbone"
+    return table(modules(parts.model, parts.input_shape, per_device_microbatch(config, parts.mesh.shape)))
+
+
 def parse_steps(text: str | None) -> tuple[int, int] | None:
     """Parses "100:105" to (100, 105). Raises ValueError if malformed."""
     if text is None:
@@ -79,9 +94,10 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
 def main() -> int:
     """Trains, and returns the exit code: 0 when done, 130 after Ctrl-C, 75 after SIGTERM."""
     config, workdir = _CONFIG.value, _WORKDIR.value
-    if config is None or not workdir:
+    if config is None or not (workdir or _DESCRIBE.value):
         raise app.UsageError("give --config=configs/digits.py (or another file of configs/) and --workdir=FOLDER")
-    check_path(workdir)
+    if workdir:
+        check_path(workdir)
     profile_steps = parse_steps(_PROFILE_STEPS.value)
     cli.join_hosts(_DISTRIBUTED.value)
     cli.keep_freed_memory()
@@ -93,6 +109,10 @@ def main() -> int:
     validate(config, jax.device_count())
     if is_first_process:
         print(describe(config), flush=True)
+    if _DESCRIBE.value:
+        if is_first_process:
+            print(module_table(config), flush=True)
+        return 0
     stopped_by = train(
         build_experiment(config), workdir, profile_steps=profile_steps, wandb_project=_WANDB_PROJECT.value
     )

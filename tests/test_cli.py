@@ -91,6 +91,14 @@ def test_the_machine_is_described_in_a_line():
     assert line == f"{jax.device_count()} x cpu (cpu), mesh: data 1, fsdp 1, tensor 1, float32, SSM: fft"
 
 
+def test_modules_are_described_without_a_workdir():
+    flags = [f"--config={CONFIGS / 'digits.py'}", "--describe"]
+    code, printed = run_program(train_program.main, *flags, flag_values=train_program._FLAGS)
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[2:]}
+    assert code == 0 and rows["total"][0] == "337,284" and rows["blocks/W0"][0] == "16,640"
+    assert rows["blocks/ssm"][0] == "25,600" and rows["share"][-3] == "7.6%"
+
+
 def test_compiled_programs_are_kept_in_the_users_folder_unless_told_otherwise(tmp_path, monkeypatch):
     found = {}
     monkeypatch.setattr(jax.config, "update", found.__setitem__)

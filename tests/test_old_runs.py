@@ -35,6 +35,8 @@ ADDED = {
     "data.holdout": 0.0,
     "data.verify": False,
     "task.name": "diffusion",
+    "model.patch_size": 1,
+    "model.has_gate": False,
     "model.mixer.name": "s4d",
     "model.mixer.dt_min": 1e-3,
     "model.mixer.dt_max": 1e-1,

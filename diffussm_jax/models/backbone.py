@@ -8,40 +8,44 @@ submodule f"{key}_embed".
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffussm_jax.models.conditioners import Conditioner, LabelEmbed
+from diffussm_jax.models.costs import Costs, count_products
 from diffussm_jax.options import NOT_AN_OPTION
 from diffussm_jax.parallel.sharding import Rules
 
 Condition = Mapping[str, Any]
 ConditionerFactory = Callable[..., Conditioner]
 
+# Activations of a block that are saved for the backward pass, beside its input; the others are computed again. Each
+# policy saves less than the one before it.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("dense"),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
-class Costs(NamedTuple):
-    """What a forward pass of one image costs.
 
-    Attributes:
-      parameters: number of parameters by part.
-      multiply_adds: of the linear layers by part, as the papers count them; elementwise work and mixers excluded.
-      recomputed: those of `multiply_adds` that the backward pass computes again.
-      mixer: multiply-adds of all sequence mixers; None where the method is not counted.
-      mixer_method: how the sequence mixers are computed, such as what "auto" stands for; "" if there is one way only.
+def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = "none", unroll: int = 1) -> Callable[..., nn.Module]:
+    """A scan over `depth` blocks (x, c) -> (x, None), called with a block's fields; c is the same for all of them.
+
+    The parameters of the blocks are stacked along the first dimension: one tree, and one block to compile.
     """
-
-    parameters: dict[str, int]
-    multiply_adds: dict[str, int]
-    recomputed: int = 0
-    mixer: int | None = 0
-    mixer_method: str = ""
-
-    @property
-    def total(self) -> int:
-        return sum(self.multiply_adds.values())
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=depth,
+        unroll=unroll,
+    )
 
 
 def class_labels(num_classes: int, **options) -> dict[str, ConditionerFactory]:
@@ -68,8 +72,37 @@ class Backbone(nn.Module, kw_only=True):
         """Raises ValueError, naming values and what is allowed, if the model cannot take inputs (H, W, C)."""
 
     def costs(self, input_shape: tuple[int, int, int], num_images: int = 1) -> Costs:
-        """Costs for inputs (H, W, C), `num_images` of them computed together on a device; here parameters alone."""
-        return Costs(self.count_parameters(input_shape), {})
+        """Costs for inputs (H, W, C), `num_images` of them computed together on a device.
+
+        Here multiply-adds are counted from the jaxpr, and those of a sequence mixer are not told from others.
+        """
+        params, arguments = self.abstract_params(input_shape), self.abstract_arguments(input_shape, 1)
+        products = count_products(jax.make_jaxpr(self.apply_params)(params, *arguments).jaxpr, params)
+        return Costs(self.count_parameters(input_shape), dict(products.by_module), products.recomputed)
+
+    def block(self, input_shape: tuple[int, int, int]) -> tuple[nn.Module, tuple[int, int]]:
+        """One of the blocks that the model repeats, for measuring it alone.
+
+        Returns:
+          The module, block(x [B, J, D], c [B, D]) -> (x, None), and (J, D).
+
+        Raises:
+          ValueError: the model does not repeat one kind of block.
+        """
+        raise ValueError(f"{type(self).__name__} does not repeat one kind of block")
+
+    def apply_params(self, params: dict, x_t: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+        """The model's output with these parameters."""
+        return self.apply({"params": params}, x_t, t, condition)
+
+    def abstract_arguments(self, input_shape: tuple[int, int, int], batch_size: int) -> tuple:
+        """Shapes and dtypes of x_t, t and the condition."""
+
+        def arguments():
+            x_t, t = jnp.zeros((batch_size, *input_shape)), jnp.zeros(batch_size, jnp.int32)
+            return x_t, t, self.example_condition(batch_size)
+
+        return jax.eval_shape(arguments)
 
     def count_parameters(self, input_shape: tuple[int, int, int]) -> dict[str, int]:
         """Number of parameters by top-level part, without building any array."""

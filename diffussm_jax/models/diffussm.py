@@ -17,6 +17,7 @@ The sequence mixer is a module of its own (`models.mixers`), S4D by default. Wit
 each S4D above is the sum of two, one along the rows of the latent and one along its columns.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, ClassVar
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from diffussm_jax.layers import NUM_TIME_FEATURES, AdaLayerNorm, Linear, TimeEmbed, gelu, sincos_2d
-from diffussm_jax.models.backbone import Backbone, Condition, Costs
+from diffussm_jax.models.backbone import REMAT_POLICIES, Backbone, Condition, Costs, scan_blocks
 from diffussm_jax.models.mixers import S4D, mix_phases, num_outputs
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range, check_options
 from diffussm_jax.parallel.sharding import Rules, replicate_channels, split_channels
@@ -40,13 +41,6 @@ DIFFUSSM_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
         "XL": {"width": 1152, "depth": 29},
     }
 )
-# Activations of a block that are saved for the backward pass, beside its input; the others are computed again. Each
-# policy saves less than the one before it.
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("dense"),
-    "block": jax.checkpoint_policies.nothing_saveable,
-}
 # How parameters are laid over the mesh (`parallel.sharding`). D is split along `tensor` so that no SSM and no
 # nonlinearity communicates: W0 gathers its output, W_down and W3 sum theirs. `fsdp` splits a dimension that is free.
 SHARDING_RULES: Rules = (
@@ -56,7 +50,7 @@ SHARDING_RULES: Rules = (
     (r"blocks/W3/kernel$", (None, "tensor", "fsdp")),
     (r"blocks/(W0|W1|W2)/bias$", (None, "tensor")),
     (r"blocks/W_up/bias$", (None, None, "tensor")),
-    (r"blocks/norm/modulation/kernel$", (None, None, "fsdp")),
+    (r"blocks/(norm/modulation|gate)/kernel$", (None, None, "fsdp")),
     (r"(final_norm/modulation|time_embed/out)/kernel$", (None, "fsdp")),
 )
 
@@ -69,12 +63,14 @@ class Block(nn.Module):
       mixer: factory of the sequence mixer, called with name="ssm".
       grid: (H, W) of the L = H W positions.
       dtype: of the linear layers and the residual stream.
+      has_gate: see `DiffuSSM`.
     """
 
     hourglass_ratio: int
     mixer: Callable[..., nn.Module]
     grid: tuple[int, int]
     dtype: jnp.dtype
+    has_gate: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
@@ -102,8 +98,12 @@ class Block(nn.Module):
         I_down = gelu(keep(replicate_channels(W_down(Y)))).reshape(B, J, 2 * D)
         left = gelu(keep(split_channels(dense(2 * D, 2 * D, "W2")(I_down))))
         right = gelu(keep(split_channels(dense(D, 2 * D, "W1")(I))))
-        W3 = dense(2 * D, D, "W3", kernel_init=nn.initializers.zeros)
-        return replicate_channels(x + W3(left * right)), None
+        if not self.has_gate:
+            W3 = dense(2 * D, D, "W3", kernel_init=nn.initializers.zeros)
+            return replicate_channels(x + W3(left * right)), None
+        options = {"kernel_init": nn.initializers.zeros, "is_gathered": True, "name": "gate"}
+        gate = replicate_channels(Linear("bd,de->be", (D, D), self.dtype, **options)(nn.silu(c)))[:, None]
+        return replicate_channels(x + gate * dense(2 * D, D, "W3")(left * right)), None
 
 
 class DiffuSSM(Backbone):
@@ -113,7 +113,10 @@ class DiffuSSM(Backbone):
       width: D, a multiple of 4 if there is a position embedding, and 2D one of M.
       depth: number of blocks.
       hourglass_ratio: M; divides W.
+      patch_size: P; P x P pixels of the input are one position, so that L = H W / P^2. The paper has no patches, P = 1.
       has_position_embedding: whether to add a fixed 2-D sin-cos embedding.
+      has_gate: multiplies the output of each block by a gate of c that starts at zero, as DiT's adaLN-Zero does, and W3
+        does not start at zero then. Not in the paper.
       mixer: factory of each block's sequence mixer (`models.mixers`), called with name.
       remat: activations saved for the backward pass: "none" saves all, "dots" each block's input and the outputs of its
         linear layers, "block" each block's input.
@@ -124,7 +127,9 @@ class DiffuSSM(Backbone):
     width: Annotated[int, Range(1)] = 384
     depth: Annotated[int, Range(1)] = 12
     hourglass_ratio: Annotated[int, Range(1)] = 2
+    patch_size: Annotated[int, Range(1)] = 1
     has_position_embedding: bool = True
+    has_gate: bool = False
     mixer: Annotated[Callable[..., nn.Module], Component("mixer", "s4d")] = S4D
     remat: Annotated[str, Choices(REMAT_POLICIES), CHANGEABLE_ON_RESUME] = "none"
     scan_unroll: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 1
@@ -141,8 +146,10 @@ class DiffuSSM(Backbone):
     def check(self, input_shape: tuple[int, int, int]) -> None:
         """Raises ValueError if the sizes do not divide as they must, or an option is unknown."""
         check_options(self, without=("dtype",))  # which may be a dtype as well as its name
-        H, W, _ = input_shape
-        M = self.hourglass_ratio
+        M, P = self.hourglass_ratio, self.patch_size
+        if input_shape[0] % P or input_shape[1] % P:
+            raise ValueError(f"patch_size P = {P} must divide height and width of the input {input_shape[:2]}")
+        H, W = self._grid(input_shape)
         if W % M or 2 * self.width % M:
             raise ValueError(
                 f"hourglass_ratio M = {M} must divide the width W = {W} of the latent (so that L = H W = {H * W} is a "
@@ -171,7 +178,8 @@ class DiffuSSM(Backbone):
         self.check(x_t.shape[1:])
         B, H, W, C = x_t.shape
         M, D, dtype = self.hourglass_ratio, self.width, jnp.dtype(self.dtype)
-        J = H * W // M
+        P, (h, w) = self.patch_size, self._grid((H, W))
+        J = h * w // M
         c = TimeEmbed(D, dtype, name="time_embed")(t)
         x = x_t
         for key, conditioning in self.embed(condition, D, dtype).items():
@@ -181,46 +189,45 @@ class DiffuSSM(Backbone):
                 c = c + conditioning.vector
             if conditioning.channels is not None:
                 x = jnp.concatenate([x, conditioning.channels], -1)
-        num_inputs = M * x.shape[-1]
-        x = Linear("bjc,cd->bjd", (num_inputs, D), dtype, name="embed")(x.reshape(B, J, num_inputs))
+        num_inputs = M * P * P * x.shape[-1]
+        x = x.reshape(B, h, P, w, P, -1).swapaxes(2, 3).reshape(B, J, num_inputs)
+        x = Linear("bjc,cd->bjd", (num_inputs, D), dtype, name="embed")(x)
         if self.has_position_embedding:
-            x = x + jnp.asarray(sincos_2d(H, W // M, D), dtype)
-        x = self._blocks((H, W), dtype)(replicate_channels(x), c)[0]
+            x = x + jnp.asarray(sincos_2d(h, w // M, D), dtype)
+        x = self._blocks((h, w), dtype)(replicate_channels(x), c)[0]
         x = AdaLayerNorm(dtype, name="final_norm")(x, c)
         # The last layer is small and its output meets float32 losses: it stays in float32.
         num_outputs = self.num_outputs * C
         options = {"kernel_init": nn.initializers.zeros, "name": "final"}
-        x = Linear("bjd,dc->bjc", (D, M * num_outputs), jnp.float32, **options)(x)
-        return x.reshape(B, H, W, num_outputs)
+        x = Linear("bjd,dc->bjc", (D, M * P * P * num_outputs), jnp.float32, **options)(x)
+        return x.reshape(B, h, w, P, P, num_outputs).swapaxes(2, 3).reshape(B, H, W, num_outputs)
+
+    def _grid(self, input_shape: tuple[int, ...]) -> tuple[int, int]:
+        """(H, W) of the L positions."""
+        return input_shape[0] // self.patch_size, input_shape[1] // self.patch_size
+
+    def block(self, input_shape: tuple[int, int, int]) -> tuple[nn.Module, tuple[int, int]]:
+        grid = self._grid(input_shape)
+        block = Block(self.hourglass_ratio, self.mixer, grid, jnp.dtype(self.dtype), self.has_gate)
+        return block, (math.prod(grid) // self.hourglass_ratio, self.width)
 
     def _blocks(self, grid: tuple[int, int], dtype: jnp.dtype) -> nn.Module:
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-            unroll=self.scan_unroll,
-        )
-        return scanned(self.hourglass_ratio, self.mixer, grid, dtype, name="blocks")
+        scanned = scan_blocks(Block, self.depth, remat=self.remat, unroll=self.scan_unroll)
+        return scanned(self.hourglass_ratio, self.mixer, grid, dtype, self.has_gate, name="blocks")
 
     def costs(self, input_shape: tuple[int, int, int], num_images: int = 1) -> Costs:
         """Multiply-adds as the paper and DiT count them: 13 D^2 for each of J tokens and D^2 for each of L positions.
 
         These are of a mixer with R = 2 outputs for each channel; with R = 1 W_down has half as many.
         """
-        H, W, C = input_shape
-        D, M, L = self.width, self.hourglass_ratio, H * W
-        J = L // M
+        D, M, L = self.width, self.hourglass_ratio, math.prod(self._grid(input_shape))
+        J, C = L // M, self.patch_size**2 * input_shape[2]
         mixer = self.mixer(parent=None)
         per_token = {"W0": D * D, "W1": 2 * D * D, "W2": 4 * D * D, "W3": 2 * D * D}
         per_token["W_down"] = num_outputs(mixer) * 2 * D * D
         blocks = {name: self.depth * J * count for name, count in per_token.items()}
         blocks["W_up"] = self.depth * L * D * D
-        modulation = self.depth * 2 * D * D
+        modulation = self.depth * (3 if self.has_gate else 2) * D * D
         multiply_adds = {
             "embed": J * M * C * D,
             **{f"blocks/{name}": count for name, count in blocks.items()},
@@ -228,8 +235,8 @@ class DiffuSSM(Backbone):
             "time_embed": NUM_TIME_FEATURES * D + D * D,
             "final": 2 * D * D + J * D * M * self.num_outputs * C,
         }
-        # The backward pass does not need the output of W3.
-        in_block = sum(blocks.values()) - blocks["W3"]
+        # The backward pass does not need the output of W3, unless a gate multiplies it.
+        in_block = sum(blocks.values()) - (0 if self.has_gate else blocks["W3"])
         recomputed = {"none": 0, "dots": modulation, "block": modulation + in_block}[self.remat]
         method, of_mixer = "", None
         if hasattr(mixer, "costs"):

@@ -112,7 +112,8 @@ def count_dot_multiply_adds(jaxpr):
 )
 def test_multiply_adds_are_those_of_the_traced_model(M, bidirectional, scan):
     # The recurrent SSM has no matrix products, so only the linear layers are counted.
-    model = small(hourglass_ratio=M, bidirectional=bidirectional, scan=scan, method="recurrent")
+    options = {"patch_size": 2, "has_gate": True} if M == 4 else {}
+    model = small(hourglass_ratio=M, bidirectional=bidirectional, scan=scan, method="recurrent", **options)
     H, W, C = 4, 8, 3
     params = jax.eval_shape(lambda: model.init_params((H, W, C), 0))
     x_t, t, y = inputs(1, H, W, C)
@@ -172,11 +173,24 @@ def block_oracle(p, x, c, M, H):
         I_down[:, j, k * (2 * D // M) : (k + 1) * (2 * D // M)] = down
     left = gelu(I_down @ p["W2"]["kernel"] + p["W2"]["bias"])
     right = gelu(I @ p["W1"]["kernel"] + p["W1"]["bias"])
-    return x + (left * right) @ p["W3"]["kernel"] + p["W3"]["bias"]
+    out = (left * right) @ p["W3"]["kernel"] + p["W3"]["bias"]
+    if "gate" in p:
+        out *= (silu(c) @ p["gate"]["kernel"] + p["gate"]["bias"])[:, None]
+    return x + out
 
 
-def model_oracle(p, x_t, t, y, M, depth):
+def model_oracle(p, x_t, t, y, M, depth, P=1):
     B, H, W, C = x_t.shape
+    if P > 1:  # each patch becomes the channels of a position, and each position a patch again
+        patches = np.zeros((B, H // P, W // P, P * P * C))
+        for h, w, i, j in itertools.product(range(H // P), range(W // P), range(P), range(P)):
+            k = (i * P + j) * C
+            patches[:, h, w, k : k + C] = x_t[:, h * P + i, w * P + j]
+        of_patches, out = model_oracle(p, patches, t, y, M, depth), np.zeros((B, H, W, 2 * C))
+        for h, w, i, j in itertools.product(range(H // P), range(W // P), range(P), range(P)):
+            k = 2 * (i * P + j) * C
+            out[:, h * P + i, w * P + j] = of_patches[:, h, w, k : k + 2 * C]
+        return out
     D = p["embed"]["bias"].shape[0]
     x = x_t.reshape(B, H * W // M, M * C) @ p["embed"]["kernel"] + p["embed"]["bias"]
     quarter = D // 4
@@ -212,6 +226,22 @@ def test_forward_pass_is_the_equations_in_float64(M, scan):
     params64 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     expected = model_oracle(params64, np.asarray(x_t, np.float64), np.asarray(t, np.float64), np.asarray(y), M, 2)
     assert np.linalg.norm(out - expected) <= 2e-5 * np.linalg.norm(expected)
+
+
+def test_patches_and_gates_are_the_equations_in_float64():
+    model, shape = small(patch_size=2, has_gate=True, has_position_embedding=True), (4, 8, 3)
+    params = random_params(model, shape)
+    x_t, t, y = inputs(1, *shape)
+    params64 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    expected = model_oracle(params64, np.asarray(x_t, np.float64), np.asarray(t, np.float64), np.asarray(y), 2, 2, 2)
+    assert np.linalg.norm(applied(model)(params, x_t, t, y) - expected) <= 2e-5 * np.linalg.norm(expected)
+    with pytest.raises(ValueError, match=r"patch_size P = 2 must divide height and width of the input \(5, 8\)"):
+        model.check((5, 8, 3))
+
+
+def test_a_gate_starts_at_zero_in_place_of_the_last_layer():
+    params = small(has_gate=True).init_params((4, 4, 1), 0)["blocks"]
+    assert not np.any(params["gate"]["kernel"]) and np.any(params["W3"]["kernel"])
 
 
 def test_fresh_model_predicts_zero_and_fresh_blocks_are_the_identity():
