@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "diffussm_jax"
 LEVELS = {
     **dict.fromkeys(("ssm", "io", "options"), 0),
-    "parallel": 1,
+    **dict.fromkeys(("parallel", "tensor_files"), 1),
     **dict.fromkeys(("diffusion", "layers"), 2),
     **dict.fromkeys(("models", "autoencoder", "data", "evaluation"), 3),
     "training": 4,

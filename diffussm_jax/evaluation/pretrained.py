@@ -1,44 +1,22 @@
 """Published weights of the networks that scores are computed with: finding, reading and converting their files.
 
-Nothing that a file holds is executed: .pth is read by `torch.load(weights_only=True)`, .npz without pickles, and
-safetensors cannot hold code. All formats give the same tensors, by the names of one published layout, and the same
-SHA-256. `convert` writes them once as safetensors into the user's cache, where PyTorch is no longer needed.
+All formats of `tensor_files` give the same tensors, by the names of one published layout, and the same SHA-256.
+`convert` writes them once as safetensors into the user's cache, where PyTorch is no longer needed.
 """
 
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from etils import epath
 
-from diffussm_jax.io import (
-    cache_folder,
-    check_same_shapes,
-    file_sha256,
-    read_npz,
-    read_safetensors,
-    weights_hash,
-    write_whole,
-)
+from diffussm_jax.io import cache_folder, check_same_shapes, file_sha256, weights_hash, write_whole
+from diffussm_jax.tensor_files import Tensors, read_tensors
 
-Tensors = dict[str, np.ndarray]
-
-_PYTORCH = (".pth", ".pt")
-SUFFIXES = (*_PYTORCH, ".safetensors", ".npz")
 _FORMAT = "diffussm_jax.pretrained"
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth?")  # the convention of torch.hub
-_DTYPES = ("F32", "F16", "BF16", "F64")  # of safetensors files
-_ERRORS_OF_TORCH = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError),
-    *(OSError, EOFError, KeyError, IndexError, AttributeError),
-)
 _IGNORED = ".num_batches_tracked"  # PyTorch's counter in BatchNorm
 
 
@@ -75,7 +53,7 @@ def read_published(network: Published, path: epath.PathLike | None = None) -> tu
       ValueError: the file is damaged, of an unknown format, needs PyTorch, or holds another network.
     """
     path = find_weights(network, path)
-    tensors, metadata = _read_file(path)
+    tensors, metadata = read_tensors(path)
     tensors = network.renamed({k: x for k, x in tensors.items() if not k.endswith(_IGNORED)})
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected = network.tensor_shapes()
@@ -144,43 +122,3 @@ def converted_path(network: Published) -> Path:
 
 def _contiguous(tensors: Tensors) -> Tensors:
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # safetensors writes a view's base
-
-
-def _read_file(path: epath.Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of a file and its metadata. A hash in the name, as in name-6726825d.pth, must be the file's."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"weights are read from {', '.join(SUFFIXES)} files, got {path}")
-    in_name = _HASH_IN_NAME.search(path.name)
-    if in_name and not (found := file_sha256(path)).startswith(in_name[1]):
-        raise ValueError(
-            f"{path} is damaged, or another file: its SHA-256 is {found}, and its name says {in_name[1]}...; "
-            "if that is no hash, rename it"
-        )
-    if path.suffix == ".safetensors":
-        return read_safetensors(path, _DTYPES)
-    return (_read_pytorch(path) if path.suffix in _PYTORCH else read_npz(path)), {}
-
-
-def _read_pytorch(path: epath.Path) -> Tensors:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"reading {path} needs PyTorch, which is not installed: `pip install torch`, or convert the file to "
-            "safetensors where PyTorch is"
-        ) from error
-    try:
-        with path.open("rb") as file:
-            if zipfile.is_zipfile(file) and (broken := zipfile.ZipFile(file).testzip()):  # PyTorch does not check it
-                raise ValueError(f"the checksum of {broken} is wrong")
-            file.seek(0)
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except _ERRORS_OF_TORCH as error:
-        first_line = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} is damaged, or holds pickled objects other than tensors, which are not read: {first_line}"
-        ) from error
-    is_state_dict = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-    if not is_state_dict or not all(isinstance(x, torch.Tensor) for x in found.values()):
-        raise ValueError(f"{path} must hold a state dict, tensors by name, got {found!r:.80}")
-    return {name: (x.float() if x.is_floating_point() else x).numpy() for name, x in found.items()}

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 from random_tensors import random_tensors
 
+from diffussm_jax import tensor_files
 from diffussm_jax.evaluation import pretrained
 from diffussm_jax.evaluation.pretrained import Published, convert, converted_path, find_weights, read_published
 from diffussm_jax.io import file_sha256, weights_hash
@@ -174,7 +175,7 @@ def test_a_hash_in_the_name(tmp_path):
     read_published(NETWORK, (tmp_path / "w.pth").rename(tmp_path / f"w-2015-12-05-{sha256[:8]}.pth"))
 
 
-@pytest.mark.parametrize("name", ["w.bin", "w.ckpt", "w.pkl", "w"])
+@pytest.mark.parametrize("name", ["w.bin", "w.pkl", "w"])
 def test_other_formats(name, tmp_path):
     (tmp_path / name).write_bytes(b"\x80\x04.")
     refused(tmp_path / name, ".safetensors")
@@ -210,7 +211,7 @@ def test_pickles_of_pytorch_are_not_executed(tmp_path):
         torch.save({"x": Harmful(trap)}, path, _use_new_zipfile_serialization=zipped)
         refused(path, "not read")
     assert not trap.exists()
-    for content in ({"state_dict": {"x": torch.zeros(3)}}, [torch.zeros(3)], {3: torch.zeros(3)}):
+    for content in ({"weights": {"x": torch.zeros(3)}}, [torch.zeros(3)], {3: torch.zeros(3)}):
         torch.save(content, path)
         refused(path, "state dict")
 
@@ -224,6 +225,15 @@ def test_the_old_format_of_pytorch(tmp_path):
         np.testing.assert_array_equal(found[name], x.astype(np.float16).astype(np.float32))
 
 
+def test_the_average_of_a_training_checkpoint_is_read(tmp_path):
+    torch = pytest.importorskip("torch", reason=".ckpt files need PyTorch")
+    tensors = {name: torch.from_numpy(x) for name, x in TENSORS.items()}
+    others = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    for content in ({"model": others, "ema": tensors, "step": 3}, {"state_dict": tensors}):
+        torch.save(content, tmp_path / "w.ckpt")
+        assert read_published(NETWORK, tmp_path / "w.ckpt")[1] == weights_hash(TENSORS)
+
+
 def test_without_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
     (tmp_path / "w.pth").write_bytes(b"")
@@ -231,7 +241,7 @@ def test_without_pytorch(tmp_path, monkeypatch):
 
 
 def test_pytorch_is_imported_for_its_files_only():
-    for path in Path(pretrained.__file__).parent.glob("*.py"):
+    for path in [*Path(pretrained.__file__).parent.glob("*.py"), Path(tensor_files.__file__)]:
         at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert not [node for node in at_top if "torch" in ast.unparse(node)], path
 
