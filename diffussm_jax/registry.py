@@ -54,9 +54,9 @@ from diffussm_jax.diffusion import (
     linear_schedule,
     unweighted,
 )
-from diffussm_jax.models import DiffuSSM
+from diffussm_jax.models import DiffuSSM, DiT, UNet
 from diffussm_jax.models.conditioners import LabelEmbed
-from diffussm_jax.models.mixers import S4D
+from diffussm_jax.models.mixers import LSSL, S4, S4D, S6, Attention, Conv
 from diffussm_jax.options import Option, check_names, options_of
 from diffussm_jax.training.diffusion_task import diffusion
 
@@ -139,7 +139,14 @@ def factory(kind: str, name: str, values: Mapping[str, Any], **context: Any) -> 
 
 register("task", "diffusion", diffusion)
 register("model", "diffussm", DiffuSSM)
+register("model", "dit", DiT)
+register("model", "unet", UNet)
 register("mixer", "s4d", S4D)
+register("mixer", "s4", S4)
+register("mixer", "lssl", LSSL)
+register("mixer", "s6", S6)
+register("mixer", "attention", Attention)
+register("mixer", "conv", Conv)
 register("conditioner", "label", LabelEmbed)
 register("process", "linear", linear_schedule)
 register("process", "cosine", cosine_schedule)

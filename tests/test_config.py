@@ -239,7 +239,7 @@ def test_choosing_a_component_replaces_the_options_of_the_one_before_and_keeps_w
 def test_conditioners_and_hooks_may_be_added_under_any_key():
     config = default_config()
     choose(config, "conditioners.kind.name", "label")
-    assert config.conditioners.kind.to_dict() == {"name": "label", "dropout": 0.1}
+    assert config.conditioners.kind.to_dict() == {"name": "label", "dropout": 0.1, "token_width": 0}
     config.conditioners.kind.dropout = 0.3
     complete(config)
     assert sorted(config.conditioners) == ["kind", "label"] and config.conditioners.kind.dropout == 0.3
@@ -392,7 +392,8 @@ def test_choices_on_the_command_line_come_first_wherever_they_stand(monkeypatch)
         assert config.sampling.guidance_scale == 1.2  # of the file
         validate(config)
     hooked = ["--config.conditioners.kind.dropout=0.5", "--config.conditioners.kind.name=label"]
-    assert parsed(monkeypatch, DIGITS, *hooked).conditioners.kind.to_dict() == {"name": "label", "dropout": 0.5}
+    kind = parsed(monkeypatch, DIGITS, *hooked).conditioners.kind
+    assert kind.to_dict() == {"name": "label", "dropout": 0.5, "token_width": 0}
 
 
 def test_imports_on_the_command_line_come_before_choices(tmp_path, monkeypatch):

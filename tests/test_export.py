@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,11 @@ from programs import run_program
 
 from diffussm_jax import export as program
 from diffussm_jax import load_run
+from diffussm_jax.build import Parts
+from diffussm_jax.config import load_config, override
 from diffussm_jax.io import path_of
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,47 @@ def test_wrong_requests_are_named(arguments, message, exported, tiny_run, tmp_pa
     arguments = [re.sub("RUN|EXPORT|TMP", lambda match: str(places[match[0]]), text) for text in arguments]
     code, printed = run_program(program.main, *arguments, flag_values=program._FLAGS)
     assert code == 1 and message in printed and "Traceback" not in printed
+
+
+def dit_flags(tmp_path):
+    return (f"--config={CONFIGS / 'digits.py'}", "--config.model.name=dit", "--config.model.width=16",
+            "--config.model.depth=2", "--config.model.num_heads=2", "--config.sampling.num_steps=2",
+            f"--weights={tmp_path / 'dit.npz'}")  # fmt: skip
+
+
+def test_published_weights_become_an_export_and_go_back_bit_by_bit(tmp_path):
+    config = override(load_config(str(CONFIGS / "digits.py")), {"model.name": "dit", "model.width": 16})
+    config.model.update(depth=2, num_heads=2)
+    parts = Parts(config)
+    shapes = parts.model.abstract_params(parts.input_shape)
+    params = jax.tree.map(lambda leaf: np.random.default_rng(leaf.size).normal(size=leaf.shape) / 9, shapes)
+    tensors = parts.model.to_pytorch(params, parts.input_shape)
+    np.savez(tmp_path / "dit.npz", **tensors)
+    arguments = (*dit_flags(tmp_path), f"--out={tmp_path / 'out'}", "--pytorch")
+    code, printed = run_program(program.main, *arguments, flag_values=program._FLAGS)
+    assert code == 0, printed
+    run = load_run(tmp_path / "out")
+    jax.tree.map(lambda leaf, expected: np.testing.assert_array_equal(leaf, np.float32(expected)), run.params, params)
+    assert run.sample(3)[0].shape == (3, 8, 8, 1)
+    assert "Weights of `dit.npz`, converted for" in (tmp_path / "out" / "README.md").read_text()
+    again = safetensors.numpy.load_file(tmp_path / "out" / "pytorch.safetensors")
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(again[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("--config.model.width=32",), "does not hold the parameters of this model"),
+        (("--config.model.name=diffussm",), "DiffuSSM has no published layout of PyTorch"),
+    ],
+)
+def test_weights_of_another_model_are_refused(flags, message, tmp_path):
+    test_published_weights_become_an_export_and_go_back_bit_by_bit(tmp_path)
+    given = [flag for flag in dit_flags(tmp_path) if flag.partition("=")[0] not in {f.partition("=")[0] for f in flags}]
+    if "name" in flags[0]:
+        given = [flag for flag in given if "num_heads" not in flag]
+    arguments = (*given, *flags, f"--out={tmp_path / 'other'}")
+    code, printed = run_program(program.main, *arguments, flag_values=program._FLAGS)
+    assert code == 1 and message in printed and not (tmp_path / "other" / "model.safetensors").exists()

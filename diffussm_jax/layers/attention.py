@@ -38,7 +38,7 @@ def attend(
     def attend_chunk(q):
         return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
-    query_chunk = min(query_chunk, L)
+    query_chunk = -(-L // -(-L // query_chunk))  # equal chunks, so that little is padded
     chunks = jnp.pad(q, ((0, 0), (0, -L % query_chunk), (0, 0), (0, 0))).reshape(B, -1, query_chunk, *q.shape[2:])
     # Without the checkpoint the backward pass would keep the attention weights of all chunks.
     out = jax.lax.map(jax.checkpoint(attend_chunk), chunks.swapaxes(0, 1))

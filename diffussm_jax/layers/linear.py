@@ -62,11 +62,13 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     is_gathered: bool = False
+    has_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         operands, output = self.equation.split("->")
         sizes = dict(zip(operands.split(",")[1], self.shape, strict=True))
         kernel = self.param("kernel", self.kernel_init, self.shape)
-        bias = self.param("bias", nn.initializers.zeros, tuple(sizes[k] for k in output if k in sizes))
+        bias_shape = tuple(sizes[k] for k in output if k in sizes)
+        bias = self.param("bias", nn.initializers.zeros, bias_shape) if self.has_bias else jnp.zeros(bias_shape)
         return _linear(self.equation, self.is_gathered, x.astype(self.dtype), kernel, bias)

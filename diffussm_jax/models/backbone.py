@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffussm_jax.models.conditioners import Conditioner, LabelEmbed
 from diffussm_jax.models.costs import Costs, count_products
@@ -31,7 +32,9 @@ REMAT_POLICIES = {
 }
 
 
-def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = "none", unroll: int = 1) -> Callable[..., nn.Module]:
+def scan_blocks(
+    block: type[nn.Module], depth: int, *, remat: str = "none", unroll: int = 1
+) -> Callable[..., nn.Module]:
     """A scan over `depth` blocks (x, c) -> (x, None), called with a block's fields; c is the same for all of them.
 
     The parameters of the blocks are stacked along the first dimension: one tree, and one block to compile.
@@ -90,6 +93,22 @@ class Backbone(nn.Module, kw_only=True):
           ValueError: the model does not repeat one kind of block.
         """
         raise ValueError(f"{type(self).__name__} does not repeat one kind of block")
+
+    def from_pytorch(self, state_dict: Mapping[str, np.ndarray]) -> dict:
+        """Parameters from a published state dict of PyTorch.
+
+        Raises:
+          ValueError: the model has no published layout, or the tensors are not those of the layout.
+        """
+        raise ValueError(f"{type(self).__name__} has no published layout of PyTorch")
+
+    def to_pytorch(self, params: dict, input_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        """The published state dict of parameters for inputs (H, W, C), float32.
+
+        Raises:
+          ValueError: the model has no published layout, or the layout has no place for the parameters.
+        """
+        raise ValueError(f"{type(self).__name__} has no published layout of PyTorch")
 
     def apply_params(self, params: dict, x_t: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
         """The model's output with these parameters."""

@@ -208,7 +208,7 @@ class DiffuSSM(Backbone):
 
     def block(self, input_shape: tuple[int, int, int]) -> tuple[nn.Module, tuple[int, int]]:
         grid = self._grid(input_shape)
-        block = Block(self.hourglass_ratio, self.mixer, grid, jnp.dtype(self.dtype), self.has_gate)
+        block = Block(self.hourglass_ratio, self.mixer, grid, jnp.dtype(self.dtype), self.has_gate, parent=None)
         return block, (math.prod(grid) // self.hourglass_ratio, self.width)
 
     def _blocks(self, grid: tuple[int, int], dtype: jnp.dtype) -> nn.Module:

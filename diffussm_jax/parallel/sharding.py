@@ -94,3 +94,8 @@ def over_channels(apply: Callable, params, u: jax.Array) -> jax.Array:
         check_vma=False,
     )
     return sharded(params, u)
+
+
+def sum_over_channels(x: jax.Array) -> jax.Array:
+    """Inside `over_channels`, the sum of `x` over the devices among which the channels are split."""
+    return jax.lax.psum(x, "tensor") if _has_mesh() else x

@@ -19,34 +19,50 @@ from diffussm_jax.ssm.apply import DEFAULT_METHOD, METHODS, ssm_apply, ssm_apply
 from diffussm_jax.ssm.auto import fastest_method
 from diffussm_jax.ssm.costs import multiply_adds
 from diffussm_jax.ssm.discretize import DISCRETIZATIONS, bilinear, zoh
-from diffussm_jax.ssm.hippo import dplr_legs, s4d_inv, s4d_legs, s4d_lin
+from diffussm_jax.ssm.dplr import DPLRParams, dplr_kernel, dplr_step, init_s4, to_dplr
+from diffussm_jax.ssm.hippo import dplr_legs, s4d_inv, s4d_legs, s4d_lin, s4d_random
 from diffussm_jax.ssm.kernel import diagonal_kernel
+from diffussm_jax.ssm.lssl import LSSLParams, init_lssl, lssl_kernel, lssl_step, to_lssl
 from diffussm_jax.ssm.params import INITIALIZATIONS, SSMParams, init_s4d, to_complex
 from diffussm_jax.ssm.phases import from_phases, to_phases
 from diffussm_jax.ssm.recurrent import initial_state, step
+from diffussm_jax.ssm.selective import selective_scan, selective_step
 
 __all__ = [
     "DEFAULT_METHOD",
     "DISCRETIZATIONS",
     "INITIALIZATIONS",
     "METHODS",
+    "DPLRParams",
+    "LSSLParams",
     "SSMParams",
     "bilinear",
     "diagonal_kernel",
+    "dplr_kernel",
     "dplr_legs",
+    "dplr_step",
     "fastest_method",
     "from_phases",
+    "init_lssl",
+    "init_s4",
     "init_s4d",
     "initial_state",
+    "lssl_kernel",
+    "lssl_step",
     "multiply_adds",
     "s4d_inv",
     "s4d_legs",
     "s4d_lin",
+    "s4d_random",
+    "selective_scan",
+    "selective_step",
     "ssm_apply",
     "ssm_apply_bidirectional",
     "ssm_apply_phases",
     "step",
     "to_complex",
+    "to_dplr",
+    "to_lssl",
     "to_phases",
     "zoh",
 ]

@@ -19,6 +19,7 @@ from scipy.fft import next_fast_len
 
 from diffussm_jax.ssm.kernel import taps
 from diffussm_jax.ssm.params import SSMParams
+from diffussm_jax.ssm.phases import through_one_phase
 
 
 def _conjugate_backward(spectra: jax.Array, reverse: tuple[bool, ...]) -> jax.Array:
@@ -42,7 +43,7 @@ def transform_length(length: int, platform: str) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(u: jax.Array, kernels: jax.Array, n: int, reverse: tuple[bool, ...]) -> jax.Array:
+def convolve(u: jax.Array, kernels: jax.Array, n: int, reverse: tuple[bool, ...]) -> jax.Array:
     """Convolves u [B, D, L] with R kernels [R, D, L] by FFTs of n points: [R, B, D, L]."""
     return _convolve_forward(u, kernels, n, reverse)[0]
 
@@ -63,7 +64,17 @@ def _convolve_backward(n, reverse, residuals, dy):
     return du[..., :L], jnp.fft.irfft(dkernel_spectra, n)[..., :L]
 
 
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def convolve_phases(kernels: jax.Array, u: jax.Array, *, reverse: tuple[bool, ...], platform: str) -> jax.Array:
+    """Convolves a sequence in phases, u [M, D, B, J] float32, with R kernels [R, D, L]: [M, R, D, B, J] float32."""
+    n = transform_length(kernels.shape[-1], platform)
+
+    def apply(u):  # [1, D, B, L]
+        return convolve(u[0].swapaxes(0, 1), kernels, n, reverse).swapaxes(1, 2)[None]
+
+    return through_one_phase(apply, u)
 
 
 def fft(
@@ -77,5 +88,5 @@ def fft(
     """Runs R SSMs over the same u [B, L, D] float32, each forward or backward: y [B, L, R * D] float32."""
     B, L, D = u.shape
     kernels = jnp.stack([taps(p, L, discretization) for p in directions])
-    y = _convolve(u.swapaxes(1, 2), kernels, transform_length(L, platform), reverse)
+    y = convolve(u.swapaxes(1, 2), kernels, transform_length(L, platform), reverse)
     return y.transpose(1, 3, 0, 2).reshape(B, L, len(directions) * D)

@@ -1,4 +1,4 @@
-"""HiPPO-LegS and the diagonal state matrices that approximate it.
+"""HiPPO-LegS and the diagonal state matrices that approximate it, and a random one.
 
 The LegS matrix (HiPPO, arXiv 2008.07669; in this form S4, arXiv 2111.00396, equation 2) is normal plus rank one:
 A = V diag(Lambda) V* - P P^T with P_n = sqrt(n + 1/2). S4D-LegS keeps only Lambda. S4D-Lin and S4D-Inv are closed forms
@@ -68,3 +68,14 @@ def s4d_inv(state_size: int) -> tuple[np.ndarray, np.ndarray]:
     n = np.arange(state_size // 2)
     imag_part = state_size / np.pi * (state_size / (2 * n + 1) - 1)
     return -0.5 + 1j * imag_part, np.ones(state_size // 2, np.complex128)
+
+
+def s4d_random(state_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """S4D-Lin with random parts: Re Lambda_n uniform in [-1, 0), Im Lambda_n in (0, pi N/2], B = 1; see `s4d_legs`.
+
+    These are the random real and imaginary parts that S4D was compared with (arXiv 2206.11893, section 5), in the
+    ranges of its code. This is one fixed draw; `init_s4d` draws for each channel.
+    """
+    _check_state_size(state_size)
+    neg_re, im = 1 - np.random.default_rng(0).uniform(size=(2, state_size // 2))
+    return -neg_re + 1j * np.pi * state_size / 2 * im, np.ones(state_size // 2, np.complex128)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffussm_jax.ssm.hippo import s4d_inv, s4d_legs, s4d_lin
+from diffussm_jax.ssm.hippo import s4d_inv, s4d_legs, s4d_lin, s4d_random
 
-INITIALIZATIONS = {"legs": s4d_legs, "lin": s4d_lin, "inv": s4d_inv}
+INITIALIZATIONS = {"legs": s4d_legs, "lin": s4d_lin, "inv": s4d_inv, "random": s4d_random}
 
 
 class SSMParams(NamedTuple):
@@ -40,8 +40,9 @@ def init_s4d(
 ) -> dict[str, jax.Array]:
     """Initialises the real parameters of `width` S4D channels (S4D, arXiv 2206.11893, section 4.4).
 
-    Lambda and B follow `initialization` ("legs", "lin" or "inv") and are the same in all channels. C is complex normal
-    with variance 1, dt log-uniform in [dt_min, dt_max], D normal.
+    Lambda and B follow `initialization` ("legs", "lin", "inv" or "random") and are the same in all channels, except
+    that "random" draws each channel's Lambda. C is complex normal with variance 1, dt log-uniform in [dt_min, dt_max],
+    D normal.
 
     Returns:
       float32: log_neg_re and im [D, N/2], where Lambda = -exp(log_neg_re) + i im; B and C [D, N/2, 2], real and
@@ -59,9 +60,11 @@ def init_s4d(
         return jnp.tile(jnp.asarray(x, jnp.float32), (width,) + (1,) * x.ndim)
 
     log_dt = jax.random.uniform(dt_key, (width,), jnp.float32, np.log(dt_min), np.log(dt_max))
-    return {
-        "log_neg_re": in_every_channel(np.log(-Lambda.real)),
-        "im": in_every_channel(Lambda.imag),
+    parts = {"log_neg_re": in_every_channel(np.log(-Lambda.real)), "im": in_every_channel(Lambda.imag)}
+    if initialization == "random":
+        uniform = 1 - jax.random.uniform(jax.random.fold_in(key, 3), (2, width, state_size // 2), jnp.float32)
+        parts = {"log_neg_re": jnp.log(uniform[0]), "im": np.float32(np.pi * state_size / 2) * uniform[1]}
+    return parts | {
         "B": in_every_channel(np.stack([B.real, B.imag], -1)),
         "C": jax.random.normal(C_key, (width, state_size // 2, 2), jnp.float32) * np.float32(np.sqrt(0.5)),
         "log_dt": log_dt,

@@ -443,7 +443,7 @@ def test_a_mixer_of_plain_sequences_serves_too():
         ({"method": "fftt"}, "method.*'fftt'; choose one of"),
         ({"width": 18}, "multiple of 4.*got 18"),
         ({"state_size": 5}, "even.*got 5"),
-        ({"initialization": "random"}, "initialization.*'random'; choose one of legs, lin, inv"),
+        ({"initialization": "noise"}, "initialization.*'noise'; choose one of legs, lin, inv, random"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 
-from diffussm_jax.ssm import INITIALIZATIONS, init_s4d, s4d_inv, s4d_legs, s4d_lin, to_complex
+from diffussm_jax.ssm import INITIALIZATIONS, init_s4d, s4d_inv, s4d_legs, s4d_lin, s4d_random, to_complex
 
 D, N = 2000, 16
 SCHEMES = {"legs": s4d_legs, "lin": s4d_lin, "inv": s4d_inv}
@@ -19,10 +19,10 @@ def _initial(seed, initialization, **step_range):
 
 
 def test_every_scheme_is_tested():
-    assert sorted(SCHEMES) == sorted(INITIALIZATIONS)
+    assert sorted([*SCHEMES, "random"]) == sorted(INITIALIZATIONS)
 
 
-@pytest.mark.parametrize("initialization", SCHEMES)
+@pytest.mark.parametrize("initialization", INITIALIZATIONS)
 def test_parameters_are_real_float32_of_the_documented_shapes(initialization):
     real = _initial(0, initialization)
     half = (D, N // 2)
@@ -37,6 +37,25 @@ def test_lambda_and_b_are_the_schemes_in_every_channel(initialization):
     Lambda, B = SCHEMES[initialization](N)
     np.testing.assert_allclose(params.Lambda, np.tile(Lambda, (D, 1)), rtol=3e-7)
     np.testing.assert_allclose(params.B, np.tile(B, (D, 1)), rtol=3e-7)
+
+
+def test_a_random_lambda_is_uniform_and_drawn_for_each_channel():
+    real = {name: np.asarray(value, np.float64) for name, value in _initial(0, "random").items()}
+    quantiles = np.array([0.01, 0.25, 0.5, 0.75, 0.99])
+    uniform = np.exp(real["log_neg_re"]), real["im"] / (np.pi * N / 2)
+    for fraction in uniform:
+        assert 0 < fraction.min() and fraction.max() <= 1 and len(np.unique(fraction)) > 0.99 * fraction.size
+        np.testing.assert_allclose(np.quantile(fraction, quantiles), quantiles, atol=0.01)
+        np.testing.assert_allclose(fraction.mean(0), 0.5, atol=0.05)  # of each state over channels
+    assert abs(np.corrcoef(*(fraction.ravel() for fraction in uniform))[0, 1]) < 0.02
+    assert (real["B"] == [1, 0]).all()
+    other = _initial(0, "lin")
+    for name in ("C", "log_dt", "D"):
+        np.testing.assert_array_equal(real[name], other[name])
+    assert np.any(_initial(1, "random")["im"] != real["im"])
+    Lambda, B = s4d_random(N)
+    assert (Lambda == s4d_random(N)[0]).all() and Lambda.shape == B.shape == (N // 2,)
+    assert (Lambda.real < 0).all() and (Lambda.real >= -1).all() and (B == 1).all()
 
 
 def test_random_parameters_have_their_distributions():
@@ -77,7 +96,7 @@ def test_to_complex():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown initialization 'fourier'; choose one of legs, lin, inv"):
+    with pytest.raises(ValueError, match="unknown initialization 'fourier'; choose one of legs, lin, inv, random"):
         init_s4d(jax.random.key(0), D, N, initialization="fourier")
     with pytest.raises(ValueError, match=r"state_size must be even .* got 7"):
         init_s4d(jax.random.key(0), D, 7)

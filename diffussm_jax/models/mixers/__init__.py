@@ -10,10 +10,15 @@ costs(length, width, dtype, num_images) -> (method, multiply-adds of a sequence 
 import flax.linen as nn
 import jax
 
+from diffussm_jax.models.mixers.attention import Attention
+from diffussm_jax.models.mixers.conv import Conv
+from diffussm_jax.models.mixers.lssl import LSSL
+from diffussm_jax.models.mixers.s4 import S4
 from diffussm_jax.models.mixers.s4d import S4D
+from diffussm_jax.models.mixers.s6 import S6
 from diffussm_jax.ssm import from_phases, to_phases
 
-__all__ = ["S4D", "mix_phases", "num_outputs"]
+__all__ = ["LSSL", "S4", "S4D", "S6", "Attention", "Conv", "mix_phases", "num_outputs"]
 
 
 def num_outputs(mixer: nn.Module) -> int:

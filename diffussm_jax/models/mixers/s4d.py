@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, NOT_AN_OPTION, Choices, Range, check_options
 from diffussm_jax.parallel.sharding import Rules, over_channels
@@ -21,7 +22,7 @@ from diffussm_jax.ssm import (
     to_phases,
 )
 
-SCANS = ("raster", "2d")
+SCANS = ("raster", "2d", "zigzag")
 
 
 class S4D(nn.Module):
@@ -35,6 +36,9 @@ class S4D(nn.Module):
     direction are added: y = S4D(u) + transpose(S4D_column(transpose(u))). This is ours, after VMamba
     (arXiv 2401.10166), which adds up four such scans.
 
+    With scan = "zigzag" every other row is reversed, so that neighbours in the sequence are neighbours in the image.
+    This is ours, after ZigMa (arXiv 2403.13802), which changes the path from layer to layer.
+
     Example, in a model of your own:
 
         class Classifier(nn.Module):
@@ -45,10 +49,10 @@ class S4D(nn.Module):
 
     Attributes:
       state_size: N, even.
-      scan: "raster" (row by row) or "2d".
+      scan: "raster" (row by row), "2d" or "zigzag".
       bidirectional: whether a second SSM runs backwards; R is 2 then, else 1.
       discretization: "zoh" or "bilinear".
-      initialization: "legs", "lin" or "inv".
+      initialization: "legs", "lin", "inv" or "random".
       method: how `ssm_apply` computes it.
       dt_min: smallest initial step.
       dt_max: largest initial step.
@@ -73,7 +77,7 @@ class S4D(nn.Module):
             raise ValueError(f"state_size must be even, got {self.state_size}")
 
     def __call__(self, u: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
-        """Mixes along L. `grid` = (H, W) is needed with scan = "2d"."""
+        """Mixes along L. `grid` = (H, W) is needed with scan = "2d" or "zigzag"."""
         y = from_phases(self.phases(to_phases(u, 1), grid))
         return y.reshape(*u.shape[:2], -1)
 
@@ -81,8 +85,8 @@ class S4D(nn.Module):
     def phases(self, u: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
         """The same in the layout of the hourglass: u [M, D, B, J] -> [M, R, D, B, J] (`ssm.phases`)."""
         self.check()
-        if self.scan == "2d" and grid is None:
-            raise ValueError('scan = "2d" needs grid = (H, W)')
+        if self.scan != "raster" and grid is None:
+            raise ValueError(f'scan = "{self.scan}" needs grid = (H, W)')
 
         def direction(name):
             real = self.param(
@@ -102,6 +106,8 @@ class S4D(nn.Module):
             return ssm_apply_phases(directions, u, reverse=(False, True)[: len(directions)], **options)
 
         def apply(scans, u):
+            if self.scan == "zigzag":
+                return _zigzag(scan(scans[0], _zigzag(u, *grid)), *grid)
             y = scan(scans[0], u)
             if len(scans) > 1:
                 H, W = grid
@@ -137,3 +143,15 @@ def _transpose(u: jax.Array, height: int, width: int) -> jax.Array:
     x = from_phases(u)
     x = x.reshape(x.shape[0], height, width, *x.shape[2:]).swapaxes(1, 2)
     return to_phases(x.reshape(x.shape[0], -1, *x.shape[3:]), u.shape[0])
+
+
+def _zigzag(u: jax.Array, height: int, width: int) -> jax.Array:
+    """Reverses every other row of positions in phases [M, .., J]; twice is the identity.
+
+    Position w = j M + m of a row changes places with W - 1 - w, which is at m' = M - 1 - m of token j' = W/M - 1 - j.
+    """
+    if width % u.shape[0]:
+        raise ValueError(f'scan = "zigzag" needs a width W that is a multiple of M = {u.shape[0]}, got {width}')
+    rows = u.reshape(*u.shape[:-1], height, -1)
+    is_reversed = (jnp.arange(height) % 2 == 1)[:, None]
+    return jnp.where(is_reversed, jnp.flip(rows, (0, -1)), rows).reshape(u.shape)
