@@ -25,6 +25,8 @@ bench xl step --sizes=XL --image_sizes=256 --batch_size=256
 bench step step --sizes=S,L,XL
 bench block block --sizes=S,L,XL
 bench sample sample --sizes=XL --image_sizes=256,512 --batch_size=16
+bench mixers ssm --mixers=all --dtype=bfloat16 --shapes=16x1024x1152
+bench lengths lengths --models=diffussm:XL,dit:XL/1+attention=cudnn,dit:XL/2+attention=cudnn --dtype=bfloat16 --batch_size=8
 bench scaling ssm --dtype=bfloat16 "--plot=benchmarks/${name}_scaling.png"
 
 if ((${#failed[@]})); then

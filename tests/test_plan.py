@@ -303,6 +303,23 @@ def test_a_tpu_slice(tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "model.name=dit model.width=12 model.num_heads=2 model.scan_unroll=1",
+        "model.name=unet model.width=32 model.channel_mult=(1,) model.num_res_blocks=1",
+    ],
+)
+def test_a_tpu_slice_for_other_backbones(flags, tmp_path):
+    command = [sys.executable, "-m", "diffussm_jax.plan", "--config=configs/digits.py", "--topology=v5e:2x2"]
+    command += [*(f"--config.{flag}" for flag in flags.split()), f"--json={tmp_path / 'plan.json'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "it fits" in done.stdout, done.stdout + done.stderr
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values["costs"]["total"] > 0 and values["peak_bytes"] > sum(values["state_bytes"].values())
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_told_so_and_what_would():
     done = run_plan("--topology=v5e:2x2", "--config.batch_size=262144")
     assert done.returncode == 0, done.stdout + done.stderr

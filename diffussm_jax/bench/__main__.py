@@ -5,9 +5,13 @@ python -m diffussm_jax.bench ssm --shapes=4x1024x384x64,2x4096x384x64 --methods=
 python -m diffussm_jax.bench ssm --csv=ssm.csv --plot=ssm.png --dtype=bfloat16
 python -m diffussm_jax.bench ssm --write_table
 python -m diffussm_jax.bench ssm --aot=v5e
+python -m diffussm_jax.bench ssm --mixers=all --shapes=4x1024x384
 python -m diffussm_jax.bench errors
 python -m diffussm_jax.bench block --sizes=S,XL --image_sizes=256
 python -m diffussm_jax.bench block --sizes=XL --image_sizes=256 --batch_size=16 --aot=v5e
+python -m diffussm_jax.bench block --config=configs/imagenet256.py:XL,configs/dit_imagenet256.py:XL/2 --aot=v5e
+python -m diffussm_jax.bench lengths --models=diffussm:S,dit:S/1,dit:S/2 --json=lengths.json
+python -m diffussm_jax.bench versus_torch
 python -m diffussm_jax.bench step --sizes=XL --image_sizes=256,512 --batch_size=64 --set=model.mixer.method=chunked
 python -m diffussm_jax.bench sample --config=configs/digits.py --batch_size=64 --sampler=ddim --steps=50
 python -m diffussm_jax.bench loader --data=latents/imagenet256
@@ -24,7 +28,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffussm_jax import cli, registry
-from diffussm_jax.bench import aot, block, errors, sample, scores, ssm, step, table
+from diffussm_jax.bench import aot, block, errors, lengths, mixers, sample, scores, ssm, step, table, versus_torch
 from diffussm_jax.bench.configs import IMAGE_SIZES, bench_configs, parse_changes, print_rows
 from diffussm_jax.bench.inception import print_inception
 from diffussm_jax.bench.loader import bench_loader
@@ -38,13 +42,20 @@ _FLAGS = flags.FlagValues()  # apart, so that any of the programs can be importe
 _SHAPES = flags.DEFINE_list(
     "shapes",
     None,
-    "ssm, errors: shapes B x L x D x N, such as 4x1024x384x64; default for ssm L = 256 .. 65536. scores: N x M x d.",
+    "ssm, errors: shapes B x L x D x N, such as 4x1024x384x64; default for ssm L = 256 .. 65536. With --mixers: "
+    "B x L x D. scores: N x M x d.",
     flag_values=_FLAGS,
 )
 _METHODS = flags.DEFINE_list(
     "methods",
     None,
     "ssm, errors, scores: methods; ratios are to the first. By default all that run here.",
+    flag_values=_FLAGS,
+)
+_MIXERS = flags.DEFINE_list(
+    "mixers",
+    None,
+    "ssm: whole mixers in place of methods, such as s4d,attention or s4d+method=fft; all: every mixer.",
     flag_values=_FLAGS,
 )
 _REPEATS = flags.DEFINE_integer(
@@ -54,7 +65,7 @@ _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     list(options_of(DiffuSSM)["dtype"].choices.names),
-    "ssm, vae: float32 by default, bfloat16 with --aot; errors: both by default.",
+    "ssm, lengths, vae: float32 by default, bfloat16 with --aot; errors: both by default.",
     flag_values=_FLAGS,
 )
 _AOT = flags.DEFINE_string(
@@ -82,23 +93,38 @@ _SIZES = flags.DEFINE_list(
 _IMAGE_SIZES = flags.DEFINE_list(
     "image_sizes", None, "block, step, sample, vae, inception: pixels.", flag_values=_FLAGS
 )
-_CONFIG = flags.DEFINE_string(
-    "config", None, "block, step, sample: a file of configs/ in place of sizes.", flag_values=_FLAGS
+_CONFIG = flags.DEFINE_list(
+    "config", [], "block, step, sample: files of configs/ in place of sizes.", flag_values=_FLAGS
+)
+_MODELS = flags.DEFINE_list(
+    "models",
+    None,
+    f"lengths: MODEL:SIZE, such as {','.join(lengths.MODELS)}, with options as diffussm:S+mixer.method=fft; "
+    f"versus_torch: {', '.join(versus_torch.MODELS)}.",
+    flag_values=_FLAGS,
+)
+_LENGTHS = flags.DEFINE_list(
+    "lengths", list(map(str, lengths.LENGTHS)), "lengths: positions of square latents.", flag_values=_FLAGS
 )
 _SET = flags.DEFINE_list(
     "set",
     [],
-    "block, step, sample: values of the config, model.depth=2,model.mixer.method=fft.",
+    "block, step, sample, lengths: values of the config, model.depth=2,model.mixer.method=fft.",
     flag_values=_FLAGS,
 )
 _SAMPLER = flags.DEFINE_enum("sampler", None, registry.names("sampler"), "sample: the sampler.", flag_values=_FLAGS)
 _STEPS = flags.DEFINE_integer("steps", None, "sample: its steps.", lower_bound=1, flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "block, step, sample, loader, inception: images at a time.", lower_bound=1, flag_values=_FLAGS
+    "batch_size",
+    None,
+    "block, step, sample, lengths, versus_torch, loader, inception: images at a time.",
+    lower_bound=1,
+    flag_values=_FLAGS,
 )
 _DATA = flags.DEFINE_string("data", None, "loader: a folder of latents.", flag_values=_FLAGS)
 _SPLIT = flags.DEFINE_string("split", "train", "loader: its split.", flag_values=_FLAGS)
 _NUM_THREADS = flags.DEFINE_integer("num_threads", 4, "loader: threads.", lower_bound=1, flag_values=_FLAGS)
+_JSON = flags.DEFINE_string("json", None, "lengths: a file to write the figures to.", flag_values=_FLAGS)
 _CSV = flags.DEFINE_string("csv", None, "A file to write the figures to as well.", flag_values=_FLAGS)
 
 
@@ -106,7 +132,19 @@ def _shapes() -> list[ssm.Shape] | None:
     return [ssm.parse_shape(text) for text in _SHAPES.value] if _SHAPES.value else None
 
 
+def _mixers() -> list[dict]:
+    if others := [flag.name for flag in (_METHODS, _AOT, _PLOT, _WRITE_TABLE) if flag.value is not None]:
+        raise ValueError(f"--mixers are timed only; leave out --{', --'.join(others)}")
+    names = registry.names("mixer") if _MIXERS.value == ["all"] else _MIXERS.value
+    shapes = [mixers.parse_shape(text) for text in _SHAPES.value or []]
+    cli.keep_freed_memory()
+    options = {"dtype": _DTYPE.value or "float32", "repeats": _REPEATS.value}
+    return mixers.print_mixers(shapes or [mixers.DEFAULT_SHAPE], names, **options)
+
+
 def _ssm() -> list[dict]:
+    if _MIXERS.value:
+        return _mixers()
     shapes = _shapes()
     if _AOT.value is not None:
         dtype = _DTYPE.value or aot.DEFAULT_DTYPE
@@ -146,7 +184,7 @@ def _of_configs(bench: Callable[[ConfigDict], dict], columns: Mapping[str, str],
         changes["sampling.sampler"] = _SAMPLER.value
     if _STEPS.value:
         changes["sampling.num_steps"] = _STEPS.value
-    sizes = {"file": _CONFIG.value, "changes": changes, "batch_size": _BATCH_SIZE.value}
+    sizes = {"files": _CONFIG.value, "changes": changes, "batch_size": _BATCH_SIZE.value}
     configs = list(bench_configs(_SIZES.value, _image_sizes(IMAGE_SIZES), **sizes))
     cli.keep_freed_memory()
     print(title)
@@ -164,6 +202,27 @@ def _block() -> list[dict]:
     machine = aot.one_chip(_AOT.value)
     title = f"compiled for 1 {machine.chip.device_kinds[0]}, not run; the bodies of loops are counted once"
     return _of_configs(functools.partial(block.count_block, machine=machine), block.AOT_COLUMNS, title)
+
+
+def _lengths() -> list[dict]:
+    if not all(text.isdecimal() and int(text) for text in _LENGTHS.value):
+        raise ValueError(f"--lengths are numbers of positions, such as 256,1024; got {','.join(_LENGTHS.value)}")
+    cli.keep_freed_memory()
+    return lengths.print_lengths(
+        _MODELS.value or lengths.MODELS,
+        [int(text) for text in _LENGTHS.value],
+        json_file=_JSON.value,
+        repeats=_REPEATS.value,
+        batch_size=_BATCH_SIZE.value or 1,
+        dtype=_DTYPE.value or "float32",
+        changes=parse_changes(_SET.value),
+    )
+
+
+def _versus_torch() -> list[dict]:
+    cli.keep_freed_memory()
+    names = _MODELS.value or list(versus_torch.MODELS)
+    return versus_torch.print_versus_torch(names, batch_size=_BATCH_SIZE.value or 4, repeats=_REPEATS.value)
 
 
 def _step() -> list[dict]:
@@ -204,6 +263,8 @@ _BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
     "ssm": _ssm,
     "errors": _errors,
     "block": _block,
+    "lengths": _lengths,
+    "versus_torch": _versus_torch,
     "step": _step,
     "sample": _sample,
     "loader": _loader,
@@ -217,7 +278,7 @@ def main(what: str) -> int:
     """Prints the figures; returns the exit code."""
     if what not in _BENCHMARKS:
         raise ValueError(f"unknown benchmark {what!r}; choose one of {', '.join(_BENCHMARKS)}")
-    for path in (_CSV.value, _PLOT.value):
+    for path in (_CSV.value, _PLOT.value, _JSON.value):
         if path is not None:
             check_writable(path)
     if _AOT.value is not None:

@@ -1,11 +1,13 @@
-"""`bench block`: one DiffuSSM block, forward, and forward with all gradients, with its SSM and without.
+"""`bench block`: one block of a model, forward, and forward with all gradients; of DiffuSSM with its SSM and without.
 
 Without its SSM, the block uses its input U for each of the R outputs, so that everything around the SSM stays the same.
-The SSM's share is the time that this saves. With --aot the same programs are compiled ahead of time for a chip, and
-their bytes are counted (`aot`).
+The SSM's share is the time that this saves. A network that does not repeat one kind of block, such as a U-Net, is
+measured whole. With --aot the same programs are compiled ahead of time for a chip, and their bytes are counted (`aot`).
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,20 +19,91 @@ from diffussm_jax.bench.configs import check_fits
 from diffussm_jax.bench.measure import compile_program, median_seconds, memory_limit
 from diffussm_jax.bench.ssm import PASSES
 from diffussm_jax.build import Parts
-from diffussm_jax.models import DiffuSSM
-from diffussm_jax.models.diffussm import Block
+from diffussm_jax.config import override
+from diffussm_jax.models.backbone import Backbone
 from diffussm_jax.models.mixers import num_outputs
 from diffussm_jax.parallel.mesh import platform_of
 from diffussm_jax.parallel.topology import Machine, compile_only_devices
 
 AOT_COLUMNS = {
+    **{"part": "", "turns": "d"},
     **{name: ".2f" for name in ("forward_gb", "gradient_gb", "forward_without_ssm_gb", "gradient_without_ssm_gb")},
-    **{"gradient_bytes_ms": ".2f", "gradient_memory_mb": ".0f", "gradient_compile_s": ".0f"},
+    **{"gradient_bytes_ms": ".2f", "forward_memory_mb": ".0f", "gradient_memory_mb": ".0f"},
+    **{"gradient_compile_s": ".0f"},
 }
 COLUMNS = {
+    **{"part": "", "turns": "d"},
     **{name: ".1f" for name in ("forward_ms", "gradient_ms", "forward_without_ssm_ms", "gradient_without_ssm_ms")},
     **{"forward_ssm_share": ".1%", "gradient_ssm_share": ".1%", "gradient_mb": ".0f"},
 }
+
+
+class Part(NamedTuple):
+    """What is measured of a model: one of the blocks that it repeats, or the whole network if it repeats none.
+
+    Attributes:
+      name: "block" or "network".
+      turns: how often the model repeats it.
+      apply: apply(params, *inputs) -> y.
+      init: init(key) -> params.
+      inputs: their shapes and dtypes: x [B, J, D] and c [B, D] of a block, x_t [B, H, W, C] of a network.
+      y: shape and dtype of the output.
+      has_ssm: whether it can be measured without its sequence mixer.
+    """
+
+    name: str
+    turns: int
+    apply: Callable
+    init: Callable
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    y: jax.ShapeDtypeStruct
+    has_ssm: bool
+
+    def random_arguments(self, seed: int) -> tuple:
+        """(params, inputs.., a gradient of y)."""
+        key, *keys = jax.random.split(jax.random.key(seed), 2 + len(self.inputs))
+        arrays = [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, (*self.inputs, self.y), strict=True)]
+        return self.init(key), *arrays
+
+
+def measured_part(config: ConfigDict, platform: str | None = None) -> Part:
+    """The part of a config's model that is measured, at its batch size and resolution; nothing is recomputed.
+
+    Raises:
+      ValueError: the model cannot take these inputs.
+    """
+    if "remat" in config.model:
+        config = override(config, {"model.remat": "none"})
+    parts = Parts(config, platform=platform)
+    model, input_shape, B = parts.model, parts.input_shape, config.batch_size
+    model.check(input_shape)
+    if type(model).block is not Backbone.block:
+        block, (J, D) = model.block(input_shape)
+        dtype = jnp.dtype(model.dtype)
+        name, turns, inputs = "block", model.depth, _shapes(dtype, (B, J, D), (B, D))
+
+        def init(key):
+            return block.init(key, *(jnp.zeros((1, *a.shape[1:]), a.dtype) for a in inputs))["params"]
+
+        def apply(params, x, c):
+            return block.apply({"params": params}, x, c)[0]
+
+    else:
+        name, turns, inputs = "network", 1, _shapes(jnp.float32, (B, *input_shape))
+
+        def init(key):
+            x_t, t, condition = (jnp.zeros((1, *input_shape)), jnp.zeros(1), model.example_condition(1))
+            return model.init(key, x_t, t, condition)["params"]
+
+        def apply(params, x_t):
+            return model.apply_params(params, x_t, jnp.zeros(B), model.example_condition(B))
+
+    y = jax.eval_shape(apply, jax.eval_shape(init, jax.random.key(0)), *inputs)
+    return Part(name, turns, apply, jax.jit(init), inputs, y, name == "block" and hasattr(model, "mixer"))
+
+
+def _shapes(dtype, *shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
 
 def _without_ssm(next_function, args, kwargs, context):
@@ -45,21 +118,32 @@ def _without_ssm(next_function, args, kwargs, context):
     return next_function(*args, **kwargs)
 
 
-def _functions(block: nn.Module, has_ssm: bool):
-    def forward_pass(params, x, c):
-        if has_ssm:
-            return block.apply({"params": params}, x, c)[0]
-        with nn.intercept_methods(_without_ssm):
-            return block.apply({"params": params}, x, c)[0]
+def part_functions(part: Part, *, has_ssm: bool = True) -> tuple[Callable, Callable]:
+    """(params, inputs..) -> y, and (params, inputs.., gradient of y) -> y and all gradients."""
 
-    def with_gradients(params, x, c, d_x):
-        y, pull_back = jax.vjp(forward_pass, params, x, c)
-        return y, pull_back(d_x)
+    def forward_pass(params, *inputs):
+        if has_ssm:
+            return part.apply(params, *inputs)
+        with nn.intercept_methods(_without_ssm):
+            return part.apply(params, *inputs)
+
+    def with_gradients(params, *inputs_and_dy):
+        *inputs, dy = inputs_and_dy
+        y, pull_back = jax.vjp(forward_pass, params, *inputs)
+        return y, pull_back(dy)
 
     return forward_pass, with_gradients
 
 
-def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int | None]:
+def _programs(part: Part, arguments: tuple):
+    """(name of the figures, has_ssm, function, arguments) of each program."""
+    for has_ssm in (True, False) if part.has_ssm else (True,):
+        functions = part_functions(part, has_ssm=has_ssm)
+        for which, function, of in zip(PASSES, functions, (arguments[:-1], arguments), strict=True):
+            yield which if has_ssm else f"{which}_without_ssm", has_ssm, function, of
+
+
+def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int | str | None]:
     """Compiles one block for a chip ahead of time, with its SSM and without, at the config's batch size.
 
     Args:
@@ -67,36 +151,23 @@ def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int |
       machine: `one_chip`.
 
     Returns:
-      The figures of `compiled_figures` for four programs: forward_gb, gradient_gb, forward_without_ssm_gb, ...
+      part and turns of `Part`; and the figures of `compiled_figures` for its programs: forward_gb, gradient_gb,
+      forward_without_ssm_gb, ...
 
     Raises:
-      ValueError: the model is not DiffuSSM, or the compiler for the machine is not installed.
+      ValueError: the model cannot take these inputs, or the compiler for the machine is not installed.
     """
     device = compile_only_devices(machine)[0]
-    block, (params, x, c) = _abstract_block(config, platform_of(device))
-    figures = {}
-    for has_ssm in (True, False):
-        for which, function, rest in zip(PASSES, _functions(block, has_ssm), ((), (x,)), strict=True):
-            found = compiled_figures(function, (params, x, c, *rest), device, machine.chip)
-            prefix = which if has_ssm else f"{which}_without_ssm"
-            figures |= {f"{prefix}_{name}": value for name, value in found.items()}
+    part = measured_part(config, platform_of(device))
+    params = jax.eval_shape(part.init, jax.random.key(0))
+    figures: dict[str, float | int | str | None] = {"part": part.name, "turns": part.turns}
+    for name, _, function, arguments in _programs(part, (params, *part.inputs, part.y)):
+        found = compiled_figures(function, arguments, device, machine.chip)
+        figures |= {f"{name}_{key}": value for key, value in found.items()}
     return figures
 
 
-def _abstract_block(config: ConfigDict, platform: str) -> tuple[Block, tuple]:
-    """A block, and the shapes of its parameters, x and c."""
-    parts = Parts(config, platform=platform)
-    model, (H, W, _) = parts.model, parts.input_shape
-    if not isinstance(model, DiffuSSM):
-        raise ValueError(f"bench block takes blocks of diffussm, config.model.name is {config.model.name!r}")
-    dtype = jnp.dtype(model.dtype)
-    block = Block(model.hourglass_ratio, model.mixer, (H, W), dtype)
-    B, J, D = config.batch_size, H * W // model.hourglass_ratio, model.width
-    x, c = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((B, J, D), (B, D)))
-    return block, (jax.eval_shape(block.init, jax.random.key(0), x, c)["params"], x, c)
-
-
-def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
+def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float | int | str]:
     """Times one block on one device, at the config's batch size and resolution.
 
     Args:
@@ -104,26 +175,23 @@ def bench_block(config: ConfigDict, *, repeats: int = 5) -> dict[str, float]:
       repeats: timed repetitions of each program, in turns.
 
     Returns:
-      forward_ms and gradient_ms (forward with the gradients of x, c and all parameters), the same as
-      .._without_ssm_ms, .._ssm_share, and .._mb, the memory that XLA plans.
+      part and turns of `Part`; forward_ms and gradient_ms (forward with the gradients of x, c and all parameters), the
+      same as .._without_ssm_ms, .._ssm_share, and .._mb, the memory that XLA plans.
 
     Raises:
       DoesNotFitError: a program needs more memory than the device has.
-      ValueError: the model is not DiffuSSM.
+      ValueError: the model cannot take these inputs.
     """
-    block, (_, x, c) = _abstract_block(config, jax.default_backend())
-    keys = jax.random.split(jax.random.key(config.seed), 4)
-    x, d_x, c = (jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys[:3], (x, x, c), strict=True))
-    params = jax.jit(block.init)(keys[3], x[:1], c[:1])["params"]
+    part = measured_part(config)
     programs, memory = {}, {}
-    for has_ssm in (True, False):
-        for which, function, rest in zip(PASSES, _functions(block, has_ssm), ((), (d_x,)), strict=True):
-            key = f"{which}_ms" if has_ssm else f"{which}_without_ssm_ms"
-            compiled, costs = compile_program(function, params, x, c, *rest)
-            check_fits("the block", costs.memory_bytes, memory_limit())
-            programs[key] = functools.partial(compiled, params, x, c, *rest)
-            if has_ssm:
-                memory[f"{which}_mb"] = costs.memory_bytes / 1e6
+    for name, has_ssm, function, arguments in _programs(part, part.random_arguments(config.seed)):
+        compiled, costs = compile_program(function, *arguments)
+        check_fits(f"the {part.name}", costs.memory_bytes, memory_limit())
+        programs[f"{name}_ms"] = functools.partial(compiled, *arguments)
+        if has_ssm:
+            memory[f"{name}_mb"] = costs.memory_bytes / 1e6
     times = {key: 1e3 * time for key, time in median_seconds(programs, repeats).items()}
-    shares = {f"{which}_ssm_share": 1 - times[f"{which}_without_ssm_ms"] / times[f"{which}_ms"] for which in PASSES}
-    return times | shares | memory
+    shares = {}
+    if part.has_ssm:
+        shares = {f"{which}_ssm_share": 1 - times[f"{which}_without_ssm_ms"] / times[f"{which}_ms"] for which in PASSES}
+    return {"part": part.name, "turns": part.turns} | times | shares | memory

@@ -1,4 +1,4 @@
-"""The configs that `bench block`, `step` and `sample` measure: a file, or the paper's at each size and resolution."""
+"""The configs that `bench block`, `step` and `sample` measure: files, or the paper's at each size and resolution."""
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +18,8 @@ _BATCH_SIZE = {"cpu": 1}
 _LARGE_BATCH_SIZE = 64
 # Columns of a row, and the keys of `config.model` that they show; a model without such a key has no such column.
 _MODEL_COLUMNS = {
+    "model": "name",
+    "patch_size": "patch_size",
     "width": "width",
     "depth": "depth",
     "dtype": "dtype",
@@ -30,25 +32,26 @@ def bench_configs(
     sizes: Sequence[str],
     image_sizes: Sequence[int],
     *,
-    file: str | None = None,
+    files: Sequence[str] = (),
     changes: Mapping[str, object] | None = None,
     batch_size: int | None = None,
 ) -> Iterator[ConfigDict]:
-    """The config of a file, or the paper's for every size at every resolution.
+    """The configs of files, or the paper's for every size at every resolution.
 
     Args:
       sizes: names of `DIFFUSSM_SIZES`, or widths of models with 12 blocks.
       image_sizes: pixels; latents have an eighth of them.
-      file: of configs/, as for --config; sizes and image_sizes have no effect then.
+      files: of configs/, as for --config; sizes and image_sizes have no effect then.
       changes: other values, under dotted keys (`config.override`).
-      batch_size: over all devices; by default that of the file, or about the same number of positions per device.
+      batch_size: over all devices; by default that of a file, or about the same number of positions per device.
 
     Raises:
       ValueError: a size, a key or a component is unknown.
     """
     changes = dict(changes or {})
-    if file is not None:
-        yield override(load_config(file), changes | ({"batch_size": batch_size} if batch_size else {}))
+    if files:
+        for file in files:
+            yield override(load_config(file), changes | ({"batch_size": batch_size} if batch_size else {}))
         return
     for size in sizes:
         if size not in DIFFUSSM_SIZES and not size.isdecimal():
@@ -68,12 +71,18 @@ def parse_changes(items: Sequence[str]) -> dict[str, object]:
     for item in items:
         key, equals, text = item.partition("=")
         if not equals:
-            raise ValueError(f"--set takes KEY=VALUE, such as model.depth=2; got {item!r}")
+            raise ValueError(f"a change is KEY=VALUE, such as model.depth=2; got {item!r}")
         try:
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             values[key] = text
     return values
+
+
+def split_changes(text: str) -> tuple[str, dict[str, object]]:
+    """s4d+method=fft+state_size=16 to ("s4d", {"method": "fft", "state_size": 16}); ValueError as `parse_changes`."""
+    name, *changes = text.split("+")
+    return name, parse_changes(changes)
 
 
 def describe(config: ConfigDict) -> dict[str, str | int]:
@@ -118,6 +127,6 @@ def print_rows(configs: Sequence[ConfigDict], bench, columns: Mapping[str, str])
             print(f"{name}: {problem}", flush=True)
             continue
         rows.append(values | figures)
-        known = [f"{key} {figures[key]:{spec}}" for key, spec in columns.items() if figures[key] is not None]
+        known = [f"{key} {figures[key]:{spec}}" for key, spec in columns.items() if figures.get(key) is not None]
         print(f"{name}: {', '.join(known)}", flush=True)
     return rows

@@ -120,9 +120,10 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
 
 
 def write_csv(path: str, rows: Sequence[dict]) -> None:
-    """Writes rows with the same columns, floats with 6 digits."""
+    """Writes rows, floats with 6 digits; a column that a row does not have is empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})

@@ -105,11 +105,12 @@ def left_out(name: str, shape: Shape) -> str:
     if L > MAX_LENGTHS.get(name, L):
         return f"too slow beyond L = {MAX_LENGTHS[name]}"
     if name == "torch_naive":
-        return _too_much(_TORCH_ARRAYS * 8 * D * (N // 2) * L)
+        return too_much(_TORCH_ARRAYS * 8 * D * (N // 2) * L)
     return ""
 
 
-def _too_much(num_bytes: int) -> str:
+def too_much(num_bytes: int) -> str:
+    """Why a program that needs so much memory does not run; "" if it does."""
     if num_bytes <= memory_limit():
         return ""
     return f"needs {num_bytes / 1e9:.1f} GB, more than {memory_limit() / 1e9:.1f}"
@@ -133,8 +134,8 @@ def _prepare(name: str, shape: Shape, arguments: tuple) -> tuple[tuple[Callable,
             compiled, cost = compile_program(function, *of)
         except Exception as error:  # compilers raise many types of errors
             raise ValueError(first_line(error)) from error
-        if _too_much(cost.memory_bytes):
-            raise ValueError(_too_much(cost.memory_bytes))
+        if too_much(cost.memory_bytes):
+            raise ValueError(too_much(cost.memory_bytes))
         programs.append(functools.partial(compiled, *of))
         costs.append(cost)
     return tuple(programs), tuple(costs)

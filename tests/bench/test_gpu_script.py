@@ -26,7 +26,7 @@ def test_the_commands_are_understood_and_a_failure_is_told(tmp_path):
     assert done.stderr == "failed: bench block --sizes=S,L,XL --csv=benchmarks/chip_block.csv\n"
     commands = [shlex.split(line) for line in calls.read_text().splitlines()]
     assert [command[2] for command in commands] == [
-        *("errors", "ssm", "ssm", "ssm", "step", "step", "block", "sample", "ssm"),
+        *("errors", "ssm", "ssm", "ssm", "step", "step", "block", "sample", "ssm", "lengths", "ssm"),
     ]
     for command in commands:
         assert command[:2] == ["-m", "diffussm_jax.bench"]

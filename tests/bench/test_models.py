@@ -1,12 +1,22 @@
 """The benchmarks of a block, a training step and sampling, on a tiny model."""
 
 import csv
+import functools
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
 
 from diffussm_jax.bench import bench_block, bench_configs, bench_sample, bench_step, block, configs, step
-from diffussm_jax.bench.configs import parse_changes, print_rows
+from diffussm_jax.bench.configs import parse_changes, print_rows, split_changes
+from diffussm_jax.bench.measure import write_csv
+from diffussm_jax.build import Parts
+from diffussm_jax.config import override
+from diffussm_jax.io import shapes_by_path
+from diffussm_jax.models.diffussm import Block
+from diffussm_jax.models.mixers import S4D, mix_phases
 from diffussm_jax.plan import DoesNotFitError
 
 
@@ -37,25 +47,21 @@ def test_a_block_with_its_ssm_and_without():
     assert figures["gradient_ssm_share"] == pytest.approx(expected)
 
 
-def test_without_means_that_no_ssm_is_computed():
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-
-    from diffussm_jax.models.diffussm import S4D, Block
-
-    module = Block(2, functools.partial(S4D, state_size=4, method="fft"), (2, 4), jnp.float32)
-    x, c = jnp.ones((1, 4, 8)), jnp.ones((1, 8))
+def counts_of_a_block(mixer):
+    """The shape of x and, with the SSM and without, the text and the output's shape of a forward pass."""
+    module = Block(2, mixer, (2, 4), jnp.float32)
+    inputs = x, c = jnp.ones((1, 4, 8)), jnp.ones((1, 8))
     params = jax.eval_shape(module.init, jax.random.key(0), x, c)["params"]
-    text = {}
-    for has_ssm in (True, False):
-        forward_pass, _ = block._functions(module, has_ssm)
-        jaxpr = jax.make_jaxpr(forward_pass)(params, x, c)
-        text[has_ssm] = str(jaxpr)
-        assert jaxpr.out_avals[0].shape == x.shape
-    assert "fft" in text[True] and "fft" not in text[False]
-    assert text[True].count("dot_general") > text[False].count("dot_general") == 7  # the linear layers are all there
+    part = block.Part("block", 1, lambda params, x, c: module.apply({"params": params}, x, c)[0], None, inputs, x, True)
+    jaxprs = [jax.make_jaxpr(block.part_functions(part, has_ssm=has)[0])(params, x, c) for has in (True, False)]
+    return x.shape, [(str(jaxpr), jaxpr.out_avals[0].shape) for jaxpr in jaxprs]
+
+
+def test_without_means_that_no_ssm_is_computed():
+    expected, [(has, shape), (has_not, other)] = counts_of_a_block(functools.partial(S4D, state_size=4, method="fft"))
+    assert shape == other == expected
+    assert "fft" in has and "fft" not in has_not
+    assert has.count("dot_general") > has_not.count("dot_general") == 7  # the linear layers are all there
 
 
 def test_sampling():
@@ -97,10 +103,11 @@ def test_configs_of_sizes_and_files():
     found = list(bench_configs(["S", "64"], [256, 512], changes={"model.depth": 2}, batch_size=4))
     assert [(c.model.width, c.data.image_size) for c in found] == [(384, 256), (384, 512), (64, 256), (64, 512)]
     assert {(c.model.depth, c.batch_size) for c in found} == {(2, 4)}
-    (digits,) = bench_configs(["XL"], [256], file="configs/digits.py", changes=parse_changes(["model.remat=dots"]))
-    assert (digits.data.source, digits.model.remat) == ("digits", "dots")
+    files = ["configs/digits.py", "configs/imagenet256.py:L"]
+    digits, large = bench_configs(["XL"], [256], files=files, changes=parse_changes(["model.remat=dots"]))
+    assert (digits.data.source, digits.model.remat, large.model.width) == ("digits", "dots", 768)
     changes = parse_changes(["model.ssm_method=fft", "sampling.sampler=ddpm"])  # an old name, and a component
-    (digits,) = bench_configs([], [], file="configs/digits.py", changes=changes)
+    (digits,) = bench_configs([], [], files=files[:1], changes=changes)
     assert (digits.model.mixer.method, digits.sampling.sampler, "eta" in digits.sampling) == ("fft", "ddpm", False)
     with pytest.raises(ValueError, match="got 'M'"):
         list(bench_configs(["M"], [256]))
@@ -108,7 +115,15 @@ def test_configs_of_sizes_and_files():
         list(bench_configs(["S"], [256], changes={"model.deph": 2}))
     with pytest.raises(ValueError, match="KEY=VALUE"):
         parse_changes(["model.depth"])
+    assert split_changes("s4d+method=fft+state_size=8") == ("s4d", {"method": "fft", "state_size": 8})
     assert configs.IMAGE_SIZES == (256, 512, 1024, 2048)
+
+
+def test_rows_of_different_models_have_different_columns(tmp_path):
+    write_csv(
+        tmp_path / "rows.csv", [{"model": "dit", "ms": 1.0}, {"model": "diffussm", "ssm_method": "fft", "ms": 0.5}]
+    )
+    assert (tmp_path / "rows.csv").read_text() == "model,ms,ssm_method\ndit,1,\ndiffussm,0.5,fft\n"
 
 
 def test_the_command_measures_a_file_of_configs(bench_command, tmp_path):
@@ -122,14 +137,6 @@ def test_the_command_measures_a_file_of_configs(bench_command, tmp_path):
 
 def test_without_a_mixer_that_goes_along_positions():
     """It has no method for phases; each of its outputs becomes its input too."""
-    import functools
-
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
-    from diffussm_jax.models.diffussm import Block
-    from diffussm_jax.models.mixers import mix_phases
 
     class Sine(nn.Module):
         bidirectional: bool = False
@@ -145,8 +152,31 @@ def test_without_a_mixer_that_goes_along_positions():
     u = jax.random.normal(jax.random.key(0), (2, 3, 1, 4))  # [M, D, B, J]
     with nn.intercept_methods(block._without_ssm):
         assert (Outer().apply({}, u)[:, 0] == u).all()
-    module = Block(2, functools.partial(Sine), (2, 4), jnp.float32)
-    x, c = jnp.ones((1, 4, 8)), jnp.ones((1, 8))
-    forward_pass, _ = block._functions(module, has_ssm=False)
-    params = jax.eval_shape(module.init, jax.random.key(0), x, c)["params"]
-    assert jax.eval_shape(forward_pass, params, x, c).shape == x.shape
+    expected, [(has, shape), (has_not, other)] = counts_of_a_block(functools.partial(Sine))
+    assert shape == other == expected and "= sin " in has and "= sin " not in has_not
+
+
+def test_a_block_of_a_transformer_has_no_ssm():
+    config = override(tiny_config(), {"model.name": "dit", "model.num_heads": 2, "model.remat": "block"})
+    figures = bench_block(config, repeats=1)
+    assert (figures["part"], figures["turns"]) == ("block", 2)
+    assert figures["gradient_ms"] > 0 and not [key for key in figures if "ssm" in key]
+    assert "checkpoint" not in str(jaxpr_of(config))  # nothing is recomputed
+
+
+def test_a_network_without_repeated_blocks_is_measured_whole():
+    changes = {"model.name": "unet", "model.width": 8, "model.channel_mult": (1, 2), "model.norm_num_groups": 4}
+    config = override(tiny_config(), changes | {"model.num_res_blocks": 1, "model.attention_resolutions": (4,)})
+    part = block.measured_part(config)
+    assert (part.name, part.turns, part.has_ssm) == ("network", 1, False)
+    assert [x.shape for x in part.inputs] == [(8, 8, 8, 1)] and part.y.shape == (8, 8, 8, 2)
+    params = Parts(config).parameter_shapes
+    assert shapes_by_path(jax.eval_shape(part.init, jax.random.key(0))) == params
+    text = str(jaxpr_of(config))
+    assert "conv_general_dilated" in text
+
+
+def jaxpr_of(config):
+    part = block.measured_part(config)
+    params = jax.eval_shape(part.init, jax.random.key(0))
+    return jax.make_jaxpr(block.part_functions(part)[1])(params, *part.inputs, part.y)
