@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-PROGRAMS = ("main", "sample", "evaluate", "export", "precompute", "plan", "bench")
+PROGRAMS = ("main", "sample", "evaluate", "compare", "export", "precompute", "plan", "bench")
 
 
 def summary(program: str) -> str:
