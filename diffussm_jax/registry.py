@@ -52,6 +52,7 @@ from diffussm_jax.diffusion import (
     Velocity,
     cosine_schedule,
     linear_schedule,
+    scaled_linear_schedule,
     unweighted,
 )
 from diffussm_jax.models import DiffuSSM, DiT, UNet
@@ -149,6 +150,7 @@ register("mixer", "attention", Attention)
 register("mixer", "conv", Conv)
 register("conditioner", "label", LabelEmbed)
 register("process", "linear", linear_schedule)
+register("process", "scaled_linear", scaled_linear_schedule)
 register("process", "cosine", cosine_schedule)
 register("process", "rectified_flow", RectifiedFlow)
 register("process", "gvp", GVP)

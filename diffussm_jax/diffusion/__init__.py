@@ -25,6 +25,7 @@ from diffussm_jax.diffusion.processes import (
     linear_schedule,
     q_posterior,
     q_sample,
+    scaled_linear_schedule,
     zero_terminal_snr,
 )
 from diffussm_jax.diffusion.samplers import (
@@ -80,6 +81,7 @@ __all__ = [
     "q_posterior",
     "q_sample",
     "sample",
+    "scaled_linear_schedule",
     "thresholded",
     "unweighted",
     "zero_terminal_snr",

@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffussm_jax.layers import ATTENTION, sinusoidal_features
 from diffussm_jax.models.backbone import Backbone, Condition
@@ -69,7 +70,7 @@ UNET_SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _MAX_CHANNELS = 1 << 16
 # `fsdp` splits the outputs of each kernel, and the inputs of the last.
 SHARDING_RULES: Rules = (
-    (r"^conv_out/kernel$", (None, None, "fsdp")),
+    (r"conv_out/kernel$", (None, None, "fsdp")),
     (r"(conv_in|conv1|conv2|(down|up)sample)/kernel$", (None, None, None, "fsdp")),
     (r"/kernel$", (None, "fsdp")),
 )
@@ -186,6 +187,17 @@ class UNet(Backbone):
             if isinstance(value := getattr(self, name), list):  # a module with a list is not hashable
                 setattr(self, name, tuple(value))
         super().__post_init__()
+
+    def from_pytorch(self, state_dict: Mapping[str, np.ndarray]) -> dict:
+        from diffussm_jax.models import unet_convert  # which makes a UNet for its shapes
+
+        return unet_convert.from_pytorch(state_dict)
+
+    def to_pytorch(self, params: dict, input_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        from diffussm_jax.models import unet_convert
+
+        table = params.get("label_embed", {}).get("table", {}).get("embedding")
+        return unet_convert.to_pytorch(params, has_null_label=table is not None and bool(np.any(table[-1])))
 
     @property
     def features(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The state-space core: diagonal SSMs (S4D) in plain JAX, no Flax.
+"""The state-space core in plain JAX, no Flax: diagonal SSMs (S4D), and S4, LSSL and selective SSMs beside them.
 
 Dimensions in the whole package:
 

@@ -29,6 +29,7 @@ from diffussm_jax.diffusion import (
     cosine_schedule,
     linear_schedule,
     sample,
+    scaled_linear_schedule,
 )
 from diffussm_jax.diffusion.objective import p_mean_variance
 
@@ -65,6 +66,12 @@ def assert_close(actual, expected, rtol=STEP_RTOL, message=""):
 def test_linear_betas():
     scheduler = diffusers.DDPMScheduler(**LINEAR)
     np.testing.assert_allclose(PROCESS.betas, scheduler.betas.numpy(), rtol=BETAS_RTOL)
+
+
+def test_scaled_linear_betas():
+    options = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, **options)
+    np.testing.assert_allclose(scaled_linear_schedule(1000).betas, scheduler.betas.numpy(), rtol=BETAS_RTOL)
 
 
 def test_cosine_betas():

@@ -26,6 +26,7 @@ from diffussm_jax.diffusion import (
     linear_schedule,
     q_posterior,
     q_sample,
+    scaled_linear_schedule,
 )
 
 BETAS_RTOL = 1e-12
@@ -50,6 +51,15 @@ def test_betas_follow_the_paper(name):
         assert process.betas.dtype == np.float64
         assert process.num_steps == num_steps
         np.testing.assert_allclose(process.betas, BETAS[name](num_steps), rtol=BETAS_RTOL)
+
+
+def test_roots_of_scaled_betas_are_linear():
+    betas = scaled_linear_schedule(1000).betas
+    assert betas[[0, -1]] == pytest.approx([0.0015, 0.0195], rel=BETAS_RTOL)
+    np.testing.assert_allclose(np.diff(np.sqrt(betas)), (0.0195**0.5 - 0.0015**0.5) / 999, rtol=1e-9)
+    assert scaled_linear_schedule(beta_start=0.00085, beta_end=0.012).betas[-1] == pytest.approx(0.012)
+    with pytest.raises(ValueError, match="beta_end must be from 1e-09 to 0.999, got 1.5"):
+        scaled_linear_schedule(beta_end=1.5)
 
 
 def test_linear_betas_run_from_1e_4_to_2e_2():

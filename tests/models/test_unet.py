@@ -187,7 +187,7 @@ AXES = ("data", "fsdp", "tensor")
 def test_fsdp_splits_every_kernel_and_tensor_is_refused():
     model = small(attention_resolutions=(4,), use_scale_shift_norm=False)
     for path, shape in shapes_by_path(model.abstract_params(SHAPE)).items():
-        spec = spec_of(path, shape, model.sharding_rules, AbstractMesh((1, 8, 1), AXES))
+        spec = spec_of(f"opt_state/mu/{path}", shape, model.sharding_rules, AbstractMesh((1, 8, 1), AXES))
         assert ("fsdp" in spec) == path.endswith("/kernel"), path
     with jax.sharding.use_abstract_mesh(AbstractMesh((1, 1, 2), AXES)):
         with pytest.raises(ValueError, match="mesh axis tensor, which has 2 devices"):
