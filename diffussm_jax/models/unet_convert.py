@@ -282,6 +282,7 @@ def _param_shapes(
         resblock_updown=tensor("down_0/downsample/conv1") is not None,
         conditioners=labels if has_labels or token_width else {},
         num_outputs=1,
+        parent=None,  # `UNet.from_pytorch` calls this, and would be the parent
     )
     shapes = shapes_by_path(model.abstract_params((height, height, size("conv_in", 1))))
     # Conditions can add channels to the inputs.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 MIXERS = {"s6": {"state_size": 4}, "attention": {"num_heads": 4}, "conv": {}}
+CONVOLUTIONS = {"s4": {"state_size": 4}, "lssl": {"state_size": 4}}  # laid out as "conv" is
 NUM_STEPS, BATCH, L, WIDTH = 8, 24, 64, 16  # 24 is no size of any parameter
 ROWS = BATCH // 4  # of a device
 
@@ -88,12 +89,12 @@ print(json.dumps(found))
 """
 
 
-def run(program):
+def run(program, mixers):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", ""),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    arguments = json.dumps([MIXERS, NUM_STEPS, BATCH, L, WIDTH])
+    arguments = json.dumps([mixers, NUM_STEPS, BATCH, L, WIDTH])
     command = [sys.executable, "-c", START + program, arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -108,7 +109,7 @@ def assert_no_rows_are_gathered(of_programs):
 
 
 def test_layers_are_the_same_and_communicate_what_they_say():
-    found = run(LAYERS)
+    found = run(LAYERS, MIXERS)
     for name in MIXERS:
         assert found[name]["error"] <= 1e-5, name
     assert_no_rows_are_gathered(found)
@@ -129,8 +130,8 @@ def test_layers_are_the_same_and_communicate_what_they_say():
 
 @pytest.mark.slow
 def test_training_is_the_same():
-    found = run(TRAINING)
-    for name in MIXERS:
+    found = run(TRAINING, MIXERS | CONVOLUTIONS)
+    for name in found:
         alone, together = np.array(found[name]["losses"])
         np.testing.assert_allclose(together, alone, rtol=1e-5, err_msg=name)
     assert_no_rows_are_gathered(found)

@@ -65,14 +65,18 @@ def kernel_errors(state_size, length):
 
 
 @pytest.mark.parametrize(
-    ("state_size", "length"), [(4, 1), (4, 100), (16, 63), (64, 7), (64, 64), (64, 100), (64, 4096)]
+    ("state_size", "length"),
+    [
+        *[(4, 1), (16, 63), (64, 7), (64, 100), (64, 4096)],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 100), (16, 64), (64, 64), (16, 4096)]),
+    ],
 )
 def test_kernel_and_gradients(state_size, length):
     errors = kernel_errors(state_size, length)
     print(state_size, length, {name: f"{error:.1e}" for name, error in errors.items()})
     assert errors.pop("K") <= 2e-6
     assert errors.pop("log_dt") <= 5e-5
-    assert max(errors.values()) <= (1e-5 if length <= 100 else 3e-5), errors
+    assert max(errors.values()) <= (1e-5 if length <= 100 else 1e-4), errors
 
 
 def test_it_starts_at_legs():
