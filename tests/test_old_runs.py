@@ -41,6 +41,7 @@ ADDED = {
     "model.mixer.dt_min": 1e-3,
     "model.mixer.dt_max": 1e-1,
     "conditioners.label.name": "label",
+    "conditioners.label.token_width": 0,
     "diffusion.target": "noise",
     "diffusion.has_learned_variance": True,
     "diffusion.weighting": "none",

@@ -81,6 +81,7 @@ def test_times_are_of_all_blocks_and_one_image(monkeypatch):
     assert bench_lengths({"two": halved})[0][0]["ms"] == 1000
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_crossings(bench_command, tmp_path):
     command = ["lengths", f"--models={','.join(MODELS)}", "--lengths=64,16", "--repeats=1"]
     out = bench_command(*command, f"--json={tmp_path / 'lengths.json'}", f"--csv={tmp_path / 'lengths.csv'}")

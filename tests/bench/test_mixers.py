@@ -9,6 +9,7 @@ from diffussm_jax.bench import bench_mixers
 from diffussm_jax.bench.mixers import parse_shape
 
 
+@pytest.mark.slow
 def test_every_mixer_is_timed(bench_command, tmp_path):
     out = bench_command(
         "ssm", "--mixers=all", "--shapes=1x16x8", "--repeats=1", "--dtype=bfloat16", f"--csv={tmp_path / 'mixers.csv'}"

@@ -164,6 +164,7 @@ def test_a_block_of_a_transformer_has_no_ssm():
     assert "checkpoint" not in str(jaxpr_of(config))  # nothing is recomputed
 
 
+@pytest.mark.slow
 def test_a_network_without_repeated_blocks_is_measured_whole():
     changes = {"model.name": "unet", "model.width": 8, "model.channel_mult": (1, 2), "model.norm_num_groups": 4}
     config = override(tiny_config(), changes | {"model.num_res_blocks": 1, "model.attention_resolutions": (4,)})

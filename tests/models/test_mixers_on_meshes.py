@@ -108,6 +108,7 @@ def assert_no_rows_are_gathered(of_programs):
             assert not any({BATCH, BATCH // 2} & set(shape) for shape in shapes), (name, kind, shapes, op_name)
 
 
+@pytest.mark.slow
 def test_layers_are_the_same_and_communicate_what_they_say():
     found = run(LAYERS, MIXERS)
     for name in MIXERS:

@@ -102,6 +102,7 @@ def test_a_fresh_model_predicts_zero():
     assert np.any(params["down_0"]["block_0"]["conv1"]["kernel"])
 
 
+@pytest.mark.slow
 def test_options_that_only_change_the_computation_change_no_gradient():
     params, arguments = random_params(ONE_LEVEL), inputs()
 
