@@ -63,8 +63,8 @@ _JSON = flags.DEFINE_string("json", None, "A file to write the figures to as wel
 _GIB = 2**30
 _PAPER_IMAGES = {512: 302e6}
 _DEFAULT_IMAGES = 660e6
-# JAX 0.12 replaced the first option by the second, of which 9 is O0.
-_LITTLE_EFFORT = (
+# Compiler options. JAX 0.12 replaced the first option by the second, of which 9 is O0.
+LITTLE_EFFORT = (
     {"exec_time_optimization_effort": -1.0}
     if hasattr(jax.config, "jax_exec_time_optimization_effort")
     else {"optimization_level": 9}
@@ -151,7 +151,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
     started = time.perf_counter()
     try:
         lowered = task.train_step.lower(task.abstract_state, task.batch_spec)
-        compiled = lowered.compile(None if has_full_effort else _LITTLE_EFFORT)
+        compiled = lowered.compile(None if has_full_effort else LITTLE_EFFORT)
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error, available) from error
     compile_seconds = time.perf_counter() - started

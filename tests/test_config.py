@@ -105,7 +105,7 @@ def test_a_config_file_that_is_none_is_named(tmp_path):
         ("data.downsampling", 2, "config.data.downsampling and scaling_factor must be 1 for pixels, got 2 and 1.0"),
         ("data.random_crop", True, "random_crop is for the source images, not digits"),
         ("data.eval_split", "", "config.eval_every needs held-out data: set config.data.eval_split or holdout"),
-        ("diffusion.schedule", "sigmoid", "'sigmoid'; choose one of linear, cosine"),
+        ("diffusion.schedule", "sigmoid", "'sigmoid'; choose one of linear, scaled_linear, cosine"),
         ("diffusion.target", "x0", "'x0'; choose one of noise, x_0, v, velocity"),
         ("diffusion.weighting", "snr", "config.diffusion.weighting is 'snr'; choose one of none, min_snr, p2"),
         ("diffusion.has_zero_terminal_snr", True, "config.diffusion: the target Noise divides by alpha, which is 0"),

@@ -71,6 +71,12 @@ _DTYPE = flags.DEFINE_enum(
 _AOT = flags.DEFINE_string(
     "aot", None, "ssm, block: compile ahead of time for a chip, such as v5e, v6e-1 or h100.", flag_values=_FLAGS
 )
+_LITTLE_EFFORT = flags.DEFINE_boolean(
+    "little_effort",
+    False,
+    "block: with --aot, whether to compile without optimizing the program's speed, in a tenth of the time.",
+    flag_values=_FLAGS,
+)
 _PLOT = flags.DEFINE_string("plot", None, "ssm: a PNG of time against L.", flag_values=_FLAGS)
 _WRITE_TABLE = flags.DEFINE_flag(
     flags.Flag(
@@ -201,7 +207,8 @@ def _block() -> list[dict]:
         return _timed(block, block.bench_block)
     machine = aot.one_chip(_AOT.value)
     title = f"compiled for 1 {machine.chip.device_kinds[0]}, not run; the bodies of loops are counted once"
-    return _of_configs(functools.partial(block.count_block, machine=machine), block.AOT_COLUMNS, title)
+    count = functools.partial(block.count_block, machine=machine, has_full_effort=not _LITTLE_EFFORT.value)
+    return _of_configs(count, block.AOT_COLUMNS, title)
 
 
 def _lengths() -> list[dict]:

@@ -14,7 +14,7 @@ matrix unit and for rolls between lanes, which have their own unit.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +107,13 @@ _FIGURES = (
 
 
 def compiled_figures(
-    function: Callable, arguments: Sequence, device: jax.Device, chip: Chip
+    function: Callable,
+    arguments: Sequence,
+    device: jax.Device,
+    chip: Chip,
+    options: Mapping[str, float | int] | None = None,
 ) -> dict[str, float | int | None]:
-    """Compiles a function for the shapes of its arguments, and counts; keys as for `bench_aot`."""
+    """Compiles a function for the shapes of its arguments, and counts; keys as for `bench_aot`, options of XLA."""
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     with lowering_for(device):
@@ -117,7 +121,7 @@ def compiled_figures(
         lowered = traced.lower()
     pallas = pallas_counts(traced.jaxpr, TPU_REGISTER if chip.platform == "tpu" else (1, 1))
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(options)
     compile_s = time.perf_counter() - start
     costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     all_bytes = costs["bytes accessed"] - pallas.stated_bytes + pallas.bytes if costs else None

@@ -24,6 +24,7 @@ from diffussm_jax.models.backbone import Backbone
 from diffussm_jax.models.mixers import num_outputs
 from diffussm_jax.parallel.mesh import platform_of
 from diffussm_jax.parallel.topology import Machine, compile_only_devices
+from diffussm_jax.plan import LITTLE_EFFORT
 
 AOT_COLUMNS = {
     **{"part": "", "turns": "d"},
@@ -143,12 +144,15 @@ def _programs(part: Part, arguments: tuple):
             yield which if has_ssm else f"{which}_without_ssm", has_ssm, function, of
 
 
-def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int | str | None]:
+def count_block(
+    config: ConfigDict, machine: Machine, *, has_full_effort: bool = True
+) -> dict[str, float | int | str | None]:
     """Compiles one block for a chip ahead of time, with its SSM and without, at the config's batch size.
 
     Args:
       config: of a run. `config.model.remat` has no effect: nothing is recomputed.
       machine: `one_chip`.
+      has_full_effort: whether the compiler optimizes the program's speed as it does for a run.
 
     Returns:
       part and turns of `Part`; and the figures of `compiled_figures` for its programs: forward_gb, gradient_gb,
@@ -162,7 +166,7 @@ def count_block(config: ConfigDict, machine: Machine) -> dict[str, float | int |
     params = jax.eval_shape(part.init, jax.random.key(0))
     figures: dict[str, float | int | str | None] = {"part": part.name, "turns": part.turns}
     for name, _, function, arguments in _programs(part, (params, *part.inputs, part.y)):
-        found = compiled_figures(function, arguments, device, machine.chip)
+        found = compiled_figures(function, arguments, device, machine.chip, None if has_full_effort else LITTLE_EFFORT)
         figures |= {f"{name}_{key}": value for key, value in found.items()}
     return figures
 

@@ -6,7 +6,14 @@ from diffussm_jax.bench import bench_versus_torch, versus_torch
 
 PAIRS = {
     "dit": {"width": 16, "depth": 2, "num_heads": 2},
-    "unet": {"width": 16, "channel_mult": (1, 2), "num_res_blocks": 1, "num_head_channels": 8, "norm_num_groups": 4},
+    "unet": {
+        "width": 16,
+        "channel_mult": (1, 1),
+        "attention_resolutions": (),
+        "num_res_blocks": 1,
+        "num_head_channels": 8,
+        "norm_num_groups": 4,
+    },
 }
 
 
