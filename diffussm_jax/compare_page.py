@@ -92,7 +92,7 @@ def _html_figure(figure: Figure) -> str:
 
 
 def write_markdown(path: epath.PathLike, title: str, blocks: Sequence[Block]) -> None:
-    """Writes Markdown, and its figures as files beside it."""
+    """Writes Markdown, and its figures as files in the same folder."""
     path, lines, names = epath.Path(path), [f"# {title}"], set()
     for block in blocks:
         match block:

@@ -102,7 +102,7 @@ class Results:
         return [value for value in found if value is not None and math.isfinite(value)]
 
     def seconds(self, name: str, step: int) -> float | None:
-        """Measured seconds of so many training steps; None if the config was not measured."""
+        """Measured seconds of `step` training steps; None if the config was not measured."""
         step_ms = self.measured.get(name, {}).get("step_ms")
         return None if step_ms is None else step * step_ms / 1e3
 

@@ -1,4 +1,4 @@
-"""What the mixers that are long convolutions share: S4 and LSSL differ in the kernel alone."""
+"""What the mixers that are long convolutions share: S4, LSSL and the free convolution differ in the kernel alone."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
@@ -28,8 +28,8 @@ class LongConvolution(nn.Module, kw_only=True):
     platform: Annotated[str | None, NOT_AN_OPTION] = None
     sharding_rules: ClassVar[Rules] = ((r".", (("tensor", "fsdp"),)),)
 
-    def init_direction(self, key: jax.Array, width: int) -> Mapping[str, jax.Array]:
-        """The parameters of `width` channels of a direction, float32 [D, ..]."""
+    def init_direction(self, key: jax.Array, width: int, length: int) -> Mapping[str, jax.Array]:
+        """The parameters of `width` channels of a direction, float32 [D, ..], for sequences of `length`."""
         raise NotImplementedError
 
     def taps(self, real: Mapping[str, jax.Array], length: int) -> jax.Array:
@@ -49,13 +49,14 @@ class LongConvolution(nn.Module, kw_only=True):
         """The same in the layout of the hourglass: u [M, D, B, J] -> [M, R, D, B, J] (`ssm.phases`)."""
         self.check()
         names = ("forward", "backward") if self.bidirectional else ("forward",)
-        directions = [self.param(name, self.init_direction, u.shape[1]) for name in names]
+        length = u.shape[0] * u.shape[3]
+        directions = [self.param(name, self.init_direction, u.shape[1], length) for name in names]
         reverse = (False, True)[: len(names)]
 
         def apply(directions, u):
             # The kernels of all directions at once, as channels.
             real = jax.tree.map(lambda *x: jnp.concatenate(x), *directions)
-            kernels = self.taps(real, u.shape[0] * u.shape[3]).reshape(len(names), u.shape[1], -1)
+            kernels = self.taps(real, length).reshape(len(names), u.shape[1], -1)
             y = convolve_phases(kernels, u.astype(jnp.float32), reverse=reverse, platform=self._platform)
             return y.astype(u.dtype)
 

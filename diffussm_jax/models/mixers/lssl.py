@@ -29,7 +29,7 @@ class LSSL(LongConvolution):
     dt_min: Annotated[float, Range(1e-12)] = 1e-3
     dt_max: Annotated[float, Range(1e-12)] = 1e-1
 
-    def init_direction(self, key: jax.Array, width: int) -> dict[str, jax.Array]:
+    def init_direction(self, key: jax.Array, width: int, length: int) -> dict[str, jax.Array]:
         """As `init_lssl`."""
         return init_lssl(key, width, self.state_size, dt_min=self.dt_min, dt_max=self.dt_max)
 

@@ -33,7 +33,7 @@ class S4(LongConvolution):
         if self.state_size % 2:
             raise ValueError(f"state_size must be even, got {self.state_size}")
 
-    def init_direction(self, key: jax.Array, width: int) -> dict[str, jax.Array]:
+    def init_direction(self, key: jax.Array, width: int, length: int) -> dict[str, jax.Array]:
         """As `init_s4`."""
         return init_s4(key, width, self.state_size, dt_min=self.dt_min, dt_max=self.dt_max)
 
