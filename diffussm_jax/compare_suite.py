@@ -13,8 +13,6 @@ does in the meantime changes no result.
 """
 
 import dataclasses
-import importlib.util
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffussm_jax import registry
-from diffussm_jax.config import chosen, to_plain
+from diffussm_jax.config import call_in_file, chosen, to_plain
 from diffussm_jax.config_keys import MAX_SEED
 from diffussm_jax.evaluation.extractor import DISTANCES
 from diffussm_jax.evaluation.scores import SCORES
@@ -220,19 +218,9 @@ def load_suite(file: str) -> Suite:
     Raises:
       ValueError: there is no such file, or it defines no suite.
     """
-    path, colon, argument = file.partition(":")
-    spec = importlib.util.spec_from_file_location("suite_file", path)
-    if spec is None or not epath.Path(path).exists():
-        raise ValueError(f"there is no suite {path!r}; give a Python file such as configs/suites/digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_suite"):
-        raise ValueError(f"{path} defines no get_suite()")
-    if colon and not inspect.signature(module.get_suite).parameters:
-        raise ValueError(f"get_suite() of {path} takes no argument, got {argument!r}")
-    suite = module.get_suite(argument) if colon else module.get_suite()
+    suite = call_in_file(file, "get_suite", "suite", "configs/suites/digits.py")
     if not isinstance(suite, Suite):
-        raise ValueError(f"get_suite() of {path} must return a Suite, got {type(suite).__name__}")
+        raise ValueError(f"get_suite() of {file} must return a Suite, got {type(suite).__name__}")
     return suite
 
 

@@ -11,6 +11,7 @@ key on the command line, `--config.sampling.sampler=heun`.
 import copy
 import importlib
 import importlib.util
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -254,18 +255,36 @@ def load_config(file: str) -> ConfigDict:
     Raises:
       ValueError: there is no such file, or it defines no get_config.
     """
-    path, colon, argument = file.partition(":")
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    if spec is None or not epath.Path(path).exists():
-        raise ValueError(f"there is no config file {path!r}; give a Python file such as configs/digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} defines no get_config()")
-    config = module.get_config(argument) if colon else module.get_config()
+    config = call_in_file(file, "get_config", "config file", "configs/digits.py")
     import_modules(config)
     migrations.rename(config)
     return complete(config)
+
+
+def call_in_file(file: str, function: str, what: str, example: str) -> Any:
+    """What a function of a Python file returns; "FILE.py:ARGUMENT" calls it with an argument. This runs the file.
+
+    Args:
+      file: path and argument.
+      function: its name.
+      what: the file is, for messages.
+      example: of such a file.
+
+    Raises:
+      ValueError: there is no such file, or it defines no such function, or one that takes no argument.
+    """
+    path, colon, argument = file.partition(":")
+    spec = importlib.util.spec_from_file_location(function, path)
+    if spec is None or not epath.Path(path).exists():
+        raise ValueError(f"there is no {what} {path!r}; give a Python file such as {example}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ValueError(f"{path} defines no {function}()")
+    found = getattr(module, function)
+    if colon and not inspect.signature(found).parameters:
+        raise ValueError(f"{function}() of {path} takes no argument, got {argument!r}")
+    return found(argument) if colon else found()
 
 
 def import_modules(config: Mapping) -> None:
