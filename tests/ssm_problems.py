@@ -85,9 +85,9 @@ def value_and_gradients(function: Callable, p: Problem, *, is_quick: bool = True
 def errors(function: Callable, p: Problem, *, is_quick: bool = True) -> tuple[dict[str, float], dict[str, float]]:
     """The relative errors of y and du, and of the gradients of parameters, by name and scheme.
 
-    The gradient by log_dt is a sum over states. Where its terms nearly cancel, a rounding error of a term, or a last
-    bit of exp(log_dt) that differs between versions of JAX, is large compared with the sum. So that error is relative
-    to the norm of the terms, or to that of the sum if it is larger.
+    The gradient by log_dt is a sum over states, and that by D is one over positions. Where the terms nearly cancel, a
+    rounding error of a term, or a last bit of exp(log_dt) that differs between versions of JAX, is large compared with
+    the sum. So that error is relative to the norm of the terms, or to that of the sum if it is larger.
     """
     y, d_reals, du = value_and_gradients(function, p, is_quick=is_quick)
     assert y.dtype == du.dtype == p.u.dtype
@@ -100,6 +100,11 @@ def errors(function: Callable, p: Problem, *, is_quick: bool = True) -> tuple[di
             for scheme, (actual, exact, terms) in zip(p.schemes, parts, strict=True)
         }
 
+    def by_position(i):
+        """The terms u dy of the gradient by D of direction i: [S * D, B * L]."""
+        u, dy = (np.asarray(x, np.float64) for x in (p.u, p.dy))
+        return (u * np.split(dy, len(p.reals), -1)[i]).reshape(-1, u.shape[-1]).T
+
     of_sequences, of_parameters = {}, {}
     for name, actual, exact in (("y", y, p.y), ("du", du, p.du)):
         directions = (-1, len(p.reals) if name == "y" else 1, p.u.shape[-1])
@@ -108,8 +113,8 @@ def errors(function: Callable, p: Problem, *, is_quick: bool = True) -> tuple[di
     for i, (actual, exact) in enumerate(zip(d_reals, p.d_reals, strict=True)):
         assert sorted(actual) == sorted(oracles.REAL_PARAMETERS)
         for name in exact:
-            terms = exact[name] if name == "log_dt" else None
-            total = exact[name] if terms is None else terms.sum(-1)
+            total = exact[name].sum(-1) if name == "log_dt" else exact[name]
+            terms = {"log_dt": exact["log_dt"], "D": by_position(i)}.get(name)
             of_parameters |= of_schemes(f"{name} {i}", actual[name], total, 0, terms)
     return of_sequences, of_parameters
 

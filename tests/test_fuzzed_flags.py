@@ -142,7 +142,7 @@ def test_command_lines(program, num_cases, without_work, tmp_path, monkeypatch):
             code, printed = run_program(start, *arguments, f"--{flag}={value}", flag_values=flags)
             errors = [line for line in printed.splitlines() if "rror" in line]
             assert code in (0, 1) and "Traceback" not in printed, errors
-            names_of = (re.split("[.=]", flag)[-1], str(value)[:20] or "''", repr(value)[1:20], *EXPLAINED)
+            names_of = (re.split("[.=]", flag)[-1], str(value).strip()[:20] or "''", repr(value)[1:20], *EXPLAINED)
             assert code == 0 or any(text in printed for text in names_of), errors
         shutil.rmtree(tmp_path / "t")
     assert not wrong, "\n".join(f"{what}: {error}" for what, error in sorted(wrong.items()))
