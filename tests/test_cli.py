@@ -49,7 +49,7 @@ def test_processes_of_a_slurm_job_find_each_other():
 @pytest.mark.parametrize("name", __main__.PROGRAMS)
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
 def test_help_shows_an_example_and_every_flag_with_its_default(name, flag):
-    program = importlib.import_module(f"diffussm_jax.{name}" + (".__main__" if name == "bench" else ""))
+    program = importlib.import_module(f"diffussm_jax.{name}" + (".__main__" if name in ("bench", "compare") else ""))
     code, printed = run_program(program.main, flag, flag_values=program._FLAGS)
     assert code == 0 and f"python -m diffussm_jax.{name} " in printed
     for of_flag in {program._FLAGS[key].name: program._FLAGS[key] for key in program._FLAGS}.values():

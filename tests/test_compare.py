@@ -17,12 +17,15 @@ import pytest
 from programs import run_program
 from tiny import tiny_config
 
-from diffussm_jax import compare, compare_plan, compare_runs, load_run
-from diffussm_jax.compare_lengths import length_blocks, read_lengths
-from diffussm_jax.compare_page import Figure, Figures, Items, Table, Text, html_page, write_markdown
-from diffussm_jax.compare_report import make_blocks, mean_and_deviation
-from diffussm_jax.compare_results import LOSS, Results, RunResult, holm, read_results, statements, welch
-from diffussm_jax.compare_suite import Budget, Schedule, Suite, load_suite, make_schedule, open_schedule
+from diffussm_jax import load_run
+from diffussm_jax.compare import __main__ as compare
+from diffussm_jax.compare import plan as compare_plan
+from diffussm_jax.compare import runs as compare_runs
+from diffussm_jax.compare.lengths import length_blocks, read_lengths
+from diffussm_jax.compare.page import Figure, Figures, Items, Table, Text, html_page, write_markdown
+from diffussm_jax.compare.report import make_blocks, mean_and_deviation
+from diffussm_jax.compare.results import LOSS, Results, RunResult, holm, read_results, statements, welch
+from diffussm_jax.compare.suite import Budget, Schedule, Suite, load_suite, make_schedule, open_schedule
 from diffussm_jax.config import override, to_plain
 from diffussm_jax.evaluation.extractor import FEATURES, PROBABILITIES, Extractor
 from diffussm_jax.models import Costs
@@ -32,7 +35,7 @@ from diffussm_jax.validation import validate
 ROOT = Path(__file__).parents[1]
 SUITES = sorted(ROOT.glob("configs/suites/*.py"))
 SUITE = """
-from diffussm_jax.compare_suite import Budget, Suite
+from diffussm_jax.compare import Budget, Suite
 from diffussm_jax.config import override
 from tiny import tiny_config
 
@@ -143,7 +146,7 @@ def test_broken_suites_are_refused(case, tmp_path):
     if code is not None:
         if code.startswith("{"):
             code = (
-                "from diffussm_jax.compare_suite import *\nfrom diffussm_jax.config import override\n"
+                "from diffussm_jax.compare import *\nfrom diffussm_jax.config import override\n"
                 "from tiny import tiny_config\ndef config(**changes):\n    return override(tiny_config(), changes)\n"
                 f"def get_suite():\n    return Suite(title='t', budget=Budget('steps', 1), configs={code})"
             )

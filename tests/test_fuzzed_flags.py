@@ -17,6 +17,7 @@ from programs import run_program
 
 from diffussm_jax import export, main, precompute, precompute_job, sample
 from diffussm_jax.bench import __main__ as bench
+from diffussm_jax.compare import __main__ as compare
 from diffussm_jax.config import default_config, from_plain, override, to_plain
 from diffussm_jax.options import flatten
 from diffussm_jax.validation import known_options, validate
@@ -90,11 +91,13 @@ def test_keys(num_cases):
 
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.py"
+SUITE = str(CONFIG.parent / "suites" / "digits.py")
 PROGRAMS = {
     "main": (main.main, main._FLAGS, [f"--config={CONFIG}", "--workdir=run"]),
     "sample": (sample.main, sample._FLAGS, ["--workdir=run"]),
     "export": (export.main, export._FLAGS, ["--workdir=run", "--out=out"]),
     "precompute": (precompute.main, precompute._FLAGS, ["--source=digits", "--source_split=eval", "--out=out"]),
+    "compare": (lambda: compare.main(SUITE), compare._FLAGS, ["--workdir=run"]),
     "bench": (lambda: bench.main("step"), bench._FLAGS, ["--sizes=8", "--image_sizes=64"]),
 }
 PREFIXES = {"main": "config.", "bench": "set="}  # of keys
@@ -119,7 +122,13 @@ def encode_nothing(job):
 @pytest.fixture
 def without_work(monkeypatch, tmp_path):
     """Programs that stop where their work would begin."""
-    for program, name in ((main, "train"), (sample, "load_run"), (export, "load_run"), (bench, "print_rows")):
+    for program, name in (
+        (main, "train"),
+        (sample, "load_run"),
+        (export, "load_run"),
+        (bench, "print_rows"),
+        (compare, "_run"),
+    ):
         monkeypatch.setattr(program, name, stop)
     monkeypatch.setattr(main, "build_experiment", lambda config: None)
     vae = SimpleNamespace(downsampling=8, latent_channels=4, scaling_factor=1.0, dtype=np.float32)

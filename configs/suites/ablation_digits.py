@@ -8,7 +8,7 @@ directions, S4D-Lin, zero-order hold, M = 2, raster order, a fixed position embe
 
 from pathlib import Path
 
-from diffussm_jax.compare_suite import Budget, Suite, load_suite
+from diffussm_jax.compare import Budget, Suite, load_suite
 from diffussm_jax.config import override
 
 BASELINE = "DiffuSSM"

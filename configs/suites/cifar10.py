@@ -10,7 +10,7 @@ epochs at most.
 
 from pathlib import Path
 
-from diffussm_jax.compare_suite import Budget, Suite
+from diffussm_jax.compare import Budget, Suite
 from diffussm_jax.config import apply_size, choose, load_config
 
 NOTES = (

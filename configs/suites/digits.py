@@ -11,7 +11,7 @@ whose scale was chosen for DiffuSSM.
 
 from pathlib import Path
 
-from diffussm_jax.compare_suite import Budget, Suite
+from diffussm_jax.compare import Budget, Suite
 from diffussm_jax.config import choose, load_config
 
 NOTES = (

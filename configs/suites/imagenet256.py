@@ -8,7 +8,7 @@ Compiling the five takes some minutes. Images trained on: DiffuSSM-XL 660 M (arX
 papers. DiT-XL/1 has no published run: it has the positions of DiffuSSM-XL, and the images of DiT-XL/2.
 """
 
-from diffussm_jax.compare_suite import Budget, Suite
+from diffussm_jax.compare import Budget, Suite
 from diffussm_jax.config import apply_size, choose, default_config, paper_config, use_latents
 
 NOTES = (

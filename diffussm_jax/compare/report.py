@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from diffussm_jax.compare_charts import Line, chart
-from diffussm_jax.compare_lengths import length_blocks
-from diffussm_jax.compare_measure import ratios
-from diffussm_jax.compare_page import Block, Figure, Figures, Heading, Table, Text, html_page, write_markdown
-from diffussm_jax.compare_results import LOSS, SIGNIFICANCE, Results, statements
-from diffussm_jax.compare_suite import Suite, differences
+from diffussm_jax.compare.charts import Line, chart
+from diffussm_jax.compare.lengths import length_blocks
+from diffussm_jax.compare.measure import ratios
+from diffussm_jax.compare.page import Block, Figure, Figures, Heading, Table, Text, html_page, write_markdown
+from diffussm_jax.compare.results import LOSS, SIGNIFICANCE, Results, statements
+from diffussm_jax.compare.suite import Suite, differences
 from diffussm_jax.config import from_plain
 from diffussm_jax.io import write_whole
 
@@ -37,7 +37,7 @@ def write_report(
       out: a folder, made if it does not exist.
       suite: for title, notes and groups.
       results: to report.
-      lengths: of `compare_lengths.read_lengths`.
+      lengths: of `compare.lengths.read_lengths`.
     """
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)

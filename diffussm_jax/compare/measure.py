@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from diffussm_jax.bench.measure import machine_name, planned_bytes, seconds
 from diffussm_jax.build import Parts
-from diffussm_jax.compare_suite import Suite, run_identity
+from diffussm_jax.compare.suite import Suite, run_identity
 from diffussm_jax.config import to_plain
 from diffussm_jax.data_config import complete_from_data
 from diffussm_jax.diffusion.samplers.base import num_evaluations

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffussm_jax.compare_page import Block, Table, Text
-from diffussm_jax.compare_suite import Suite
+from diffussm_jax.compare.page import Block, Table, Text
+from diffussm_jax.compare.suite import Suite
 from diffussm_jax.data_config import complete_from_data
 from diffussm_jax.parallel.topology import Machine
 from diffussm_jax.plan import DoesNotFitError, Plan, as_flags, make_plan, search

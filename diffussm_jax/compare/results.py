@@ -16,9 +16,9 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
-from diffussm_jax.compare_measure import MEASURED, read_measured
-from diffussm_jax.compare_runs import DONE, RESULT, RUNS, SCORES_FILE, grid_path
-from diffussm_jax.compare_suite import SCHEDULE, Schedule, read_schedule, run_identity
+from diffussm_jax.compare.measure import MEASURED, read_measured
+from diffussm_jax.compare.runs import DONE, RESULT, RUNS, SCORES_FILE, grid_path
+from diffussm_jax.compare.suite import SCHEDULE, Schedule, read_schedule, run_identity
 from diffussm_jax.io import read_json
 from diffussm_jax.training.loop import CONFIG_NAME
 from diffussm_jax.training.metrics import CSV_NAME
@@ -56,7 +56,7 @@ class Results:
     Attributes:
       names: of the configs, the baseline first.
       schedule: of the comparison; those of merged folders may have other steps.
-      measured: figures by name, as `compare_measure.measure` saves them.
+      measured: figures by name, as `compare.measure.measure` saves them.
       runs: in any order.
       is_better: "lower" or "higher" for each metric, the first score first.
       warnings: what makes the comparison less than equal.

@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from diffussm_jax.bench.crossings import crossings, never_crossing
-from diffussm_jax.compare_charts import Line, Mark, chart
-from diffussm_jax.compare_page import Block, Figure, Figures, Heading, Items, Table, Text
+from diffussm_jax.compare.charts import Line, Mark, chart
+from diffussm_jax.compare.page import Block, Figure, Figures, Heading, Items, Table, Text
 from diffussm_jax.io import read_json
 
 # Columns, what they are, and their units.

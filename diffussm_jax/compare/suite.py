@@ -253,7 +253,7 @@ def make_schedule(suite: Suite, measured: Mapping[str, Mapping]) -> Schedule:
 
     Args:
       suite: of which configs that were not measured are left out.
-      measured: "batch_size", "multiply_adds" and "step_ms" of each config, as `compare_runs.measure` saves them.
+      measured: "batch_size", "multiply_adds" and "step_ms" of each config, as `compare.measure.measure` saves them.
 
     Raises:
       ValueError: no config was measured.

@@ -18,8 +18,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffussm_jax.build import Parts
-from diffussm_jax.compare_measure import error_line
-from diffussm_jax.compare_suite import Schedule, Suite, folder_name
+from diffussm_jax.compare.measure import error_line
+from diffussm_jax.compare.suite import Schedule, Suite, folder_name
 from diffussm_jax.config import to_plain
 from diffussm_jax.data.transforms import image_grid, save_png
 from diffussm_jax.evaluate_images import about_run

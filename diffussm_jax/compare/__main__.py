@@ -20,14 +20,14 @@ from absl import app, flags
 from etils import epath
 
 from diffussm_jax import cli
-from diffussm_jax.compare_lengths import read_lengths
-from diffussm_jax.compare_measure import MEASURED, measure, read_measured
-from diffussm_jax.compare_page import html_page, write_markdown
-from diffussm_jax.compare_plan import plan_blocks, plan_suite
-from diffussm_jax.compare_report import REPORT, write_report
-from diffussm_jax.compare_results import read_results
-from diffussm_jax.compare_runs import num_failed, score_runs, train_runs
-from diffussm_jax.compare_suite import STAGES, Budget, Suite, load_suite, open_schedule
+from diffussm_jax.compare.lengths import read_lengths
+from diffussm_jax.compare.measure import MEASURED, measure, read_measured
+from diffussm_jax.compare.page import html_page, write_markdown
+from diffussm_jax.compare.plan import plan_blocks, plan_suite
+from diffussm_jax.compare.report import REPORT, write_report
+from diffussm_jax.compare.results import read_results
+from diffussm_jax.compare.runs import num_failed, score_runs, train_runs
+from diffussm_jax.compare.suite import STAGES, Budget, Suite, load_suite, open_schedule
 from diffussm_jax.io import check_path, check_writable, folder_lock, write_whole
 from diffussm_jax.options import check_names
 from diffussm_jax.parallel.topology import parse_machine
