@@ -4,12 +4,13 @@
     python -m diffussm_jax.main --config=configs/cifar10_latent.py --workdir=runs/cifar10_latent \
         --config.data.path=latents/cifar10 --config.data.vae=VAE
 
-VAE is an autoencoder with 4 channels and downsampling 4, from 32 x 32 pixels to 8 x 8. For another autoencoder set
-`config.data.downsampling`, `num_channels` and `scaling_factor`; a mismatch with the data set is an error. The model is
-small enough for a CPU, to try the whole latent pipeline.
+VAE is an autoencoder, such as the work directory of a run of `cifar10_autoencoder.py`. Its downsampling, number of
+channels and scaling factor are those of the data set, which records them. The model is small enough for a CPU, to try
+the whole latent pipeline.
 """
 
 from diffussm_jax.config import default_config, use_latents
+from diffussm_jax.config_keys import FROM_DATA
 
 
 def get_config():
@@ -22,7 +23,7 @@ def get_config():
 
     use_latents(config, vae="")
     config.data.image_size = 32
-    config.data.downsampling = 4
+    config.data.update(downsampling=FROM_DATA, num_channels=FROM_DATA, scaling_factor=float(FROM_DATA))
     config.data.num_classes = 10
 
     config.optimizer.learning_rate = 3e-4

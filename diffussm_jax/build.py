@@ -154,6 +154,7 @@ class Parts(DataParts):
             )
         if config.posthoc_ema_every:
             hooks.append(functools.partial(posthoc_ema, every=config.posthoc_ema_every))
+        hooks += getattr(registry.component("task", config.task.name), "hooks", lambda parts: [])(self)
         return hooks + [registry.factory("hook", group.name, group) for group in config.hooks.values()]
 
     @property

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffussm_jax import registry
-from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers, make_decoder
-from diffussm_jax.data.card import check_card, read_card
+from diffussm_jax.autoencoder import Autoencoder, encoder_hash, from_diffusers, make_decoder
+from diffussm_jax.data.card import check_card, check_quantizer, read_card
 from diffussm_jax.data.codec import Codec, latent_codec, pixel_codec
 from diffussm_jax.data.holdout import Subset, held_out
 from diffussm_jax.data.latents import check_sums
@@ -87,7 +87,10 @@ class DataParts:
     def _records(self, source: Any, *, is_cropped: bool = True) -> Records:
         """The records of a source; images cropped, or as large as they are."""
         data = self.config.data
-        return source if self.has_latents else Pixels(source, data.image_size, data.num_channels, is_cropped=is_cropped)
+        if self.has_latents:
+            return source
+        options = {"is_cropped": is_cropped, "min_crop_fraction": data.min_crop_fraction}
+        return Pixels(source, data.image_size, data.num_channels, **options)
 
     @functools.cached_property
     def _train_source(self) -> Any:
@@ -156,7 +159,7 @@ class DataParts:
             return pixel_codec(is_flipped=data.random_flip)
         return latent_codec(data.scaling_factor, make_decoder(*self._autoencoder()) if self.has_decoder else None)
 
-    def _autoencoder(self) -> tuple[AutoencoderKL, dict]:
+    def _autoencoder(self) -> tuple[Autoencoder, dict]:
         """The autoencoder of the latents. Its encoder must be the one that made them; its decoder may be another."""
         data = self.config.data
         if not data.vae:
@@ -174,6 +177,7 @@ class DataParts:
             card = read_card(data.path, data.split)
         except FileNotFoundError:  # sampling elsewhere than where the latents are
             return vae, params
+        check_quantizer(card, getattr(vae, "num_vq_embeddings", None), data.vae)
         if encoder_hash(params) != card["vae"]["encoder_sha256"]:
             raise ValueError(
                 f"the autoencoder {data.vae} does not have the encoder that made the latents of {data.path}: its "

@@ -52,10 +52,11 @@ class Data:
     num_channels: Annotated[int, Range(1)] = 1  # of what the model sees: pixels or latents
     num_classes: Annotated[int, Range(0, 2**31 - 2)] = 10  # 0: unconditional
     random_crop: bool = False  # crops of pixels are placed and scaled at random, as ADM's; else at the centre
+    min_crop_fraction: Annotated[float, Range(0.01, 1.0)] = 0.8  # of the shorter side, that they keep; 1: LDM's crops
     random_flip: bool = False  # mirrors half of the images (latents: always)
     num_threads: Annotated[int, Range(1), CHANGEABLE_ON_RESUME] = 4  # that read ahead, a batch each
     verify: Annotated[bool, CHANGEABLE_ON_RESUME] = False  # compares latents with their checksums at the start
-    # Of the autoencoder of latents; a data set's card must agree.
+    # Of the autoencoder of latents; a data set's card must agree, and -1 takes them from it.
     downsampling: Annotated[int, Range(1)] = 1  # pixels per latent position
     scaling_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
     vae: Annotated[str, CHANGEABLE_ON_RESUME] = ""  # a diffusers folder or repository, to decode samples

@@ -1,6 +1,7 @@
 """What a config leaves to its data: the split, the number of classes, the size and the channels of images.
 
 `configs/folder.py` has -1 for numbers and "auto" for splits, so that a folder of images is enough to start training.
+Likewise `configs/cifar10_latent.py` has -1 for the factor, the channels and the scale of latents, which their card has.
 """
 
 import copy
@@ -8,8 +9,9 @@ import copy
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffussm_jax.build_data import open_data
+from diffussm_jax.build_data import DataParts, open_data
 from diffussm_jax.config_keys import AUTO_SPLIT, FROM_DATA
+from diffussm_jax.data.card import data_values
 from diffussm_jax.data.decoding import BrokenImage
 from diffussm_jax.data.holdout import held_out
 from diffussm_jax.data.sources import Source
@@ -17,6 +19,8 @@ from diffussm_jax.data.sources import Source
 _TRAIN = "train"
 _HELD_OUT = ("val", "valid", "validation", "eval", "test")  # the first that exists is used
 _SIZES = (8, 16, 32, 64)  # larger images train on latents
+_OF_LATENTS = ("downsampling", "scaling_factor")
+_NUMBERS = ("num_classes", "image_size", "num_channels", *_OF_LATENTS)
 _NUM_INSPECTED = 32
 _MAX_SHOWN = 8
 
@@ -24,7 +28,7 @@ _MAX_SHOWN = 8
 def left_to_data(config: ConfigDict) -> list[str]:
     """The keys that `complete_from_data` fills in."""
     data = config.data
-    numbers = [key for key in ("num_classes", "image_size", "num_channels") if data[key] == FROM_DATA]
+    numbers = [key for key in _NUMBERS if data[key] == FROM_DATA]
     return [f"data.{key}" for key in numbers + [key for key in ("split", "eval_split") if data[key] == AUTO_SPLIT]]
 
 
@@ -36,17 +40,22 @@ def complete_from_data(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
     unconditional model. The size is the largest of 8, 16, 32 and 64 pixels that is not above the median of the shorter
     sides of up to 32 images, spread over the data. If these are all gray, there is one channel, else three.
 
+    The numbers of latents are those of their card.
+
     Returns:
       the completed config (the same one if it is complete already), and a line of text about each choice.
 
     Raises:
       FileNotFoundError: there are no such data.
-      ValueError: they are damaged, or none of the images can be read.
+      ValueError: they are damaged, none of the images can be read, or a split of latents is not named.
     """
     if not left_to_data(config):
         return config, []
     config = copy.deepcopy(config).unlock()
     data = config.data
+    if DataParts(config).has_latents:
+        return config, _complete_from_card(data)
+    data.update({key: 1 for key in _OF_LATENTS if data[key] == FROM_DATA})
     source, lines = _choose_splits(data)
     if data.num_classes == FROM_DATA:
         names = source.class_names
@@ -68,6 +77,19 @@ def complete_from_data(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
     num_held_out = f", {int(held_out(source, data.holdout).sum()):,} held out" if data.holdout else ""
     lines.insert(0, f"{source.description}: {len(source):,} images{num_held_out}")
     return config, lines
+
+
+def _complete_from_card(data: ConfigDict) -> list[str]:
+    """Sets numbers to those of latents. Returns lines of text."""
+    for key in ("split", "eval_split"):
+        if data[key] == AUTO_SPLIT:
+            raise ValueError(f"config.data.{key} = {AUTO_SPLIT!r} is for images; name a split of {data.path}")
+    source, lines = open_data(data, data.split), []
+    for key, value in data_values(source.card).items():
+        if data[key] == FROM_DATA:
+            data[key] = 0 if key == "num_classes" and value < 2 else value
+            lines.append(f"config.data.{key} = {data[key]}")
+    return [f"{data.path}: {len(source):,} latents of split {data.split!r}", *lines]
 
 
 def _choose_splits(data: ConfigDict) -> tuple[Source, list[str]]:

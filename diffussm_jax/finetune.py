@@ -32,6 +32,8 @@ def starting_from(task: Task, config: ConfigDict) -> Task:
     """
     if not hasattr(task, "initialize"):
         raise ValueError(f"config.init_from = {config.init_from!r}: the task {config.task.name!r} cannot start from it")
+    if hasattr(task, "read_initial"):  # weights of its own kind
+        return dataclasses.replace(task, initialize=lambda fresh: task.read_initial(config.init_from)(fresh))
     return dataclasses.replace(task, initialize=lambda fresh: initial_params(fresh, config, task.mesh))
 
 

@@ -1,9 +1,10 @@
-"""Precomputes a latent data set from images with a frozen autoencoder.
+"""Precomputes a latent data set from images with a frozen autoencoder, an `AutoencoderKL` or a `VQModel`.
 
     python -m diffussm_jax.precompute --source=ILSVRC2012_img_train.tar --out=latents/imagenet256 --image_size=256 \\
         --vae=stabilityai/sd-vae-ft-ema
 
-`data.sources.open_source` lists the sources: a folder, a zip or tar of images, LSUN's LMDB, a TFDS data set. Images are
+--vae may be the work directory of a run that trained one. Latents of a `VQModel` are stored before quantization, and
+quantized when they are decoded, as in latent diffusion (arXiv 2112.10752). `data.sources.open_source` lists the sources: a folder, a zip or tar of images, LSUN's LMDB, a TFDS data set. Images are
 centre-cropped as in ADM. `data.latents` describes the output format. To resume after any interruption, repeat the
 command: it makes the missing shards. --verify checks a finished split.
 
@@ -39,7 +40,10 @@ _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", 256, "Pixels after the crop.", lower_bound=1, upper_bound=8192, flag_values=_FLAGS
 )
 _VAE = flags.DEFINE_string(
-    "vae", "stabilityai/sd-vae-ft-ema", "A diffusers folder or repository of an AutoencoderKL.", flag_values=_FLAGS
+    "vae",
+    "stabilityai/sd-vae-ft-ema",
+    "A diffusers folder or repository of an AutoencoderKL or a VQModel, or the WORKDIR of a run that trained one.",
+    flag_values=_FLAGS,
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Encoder dtype.", flag_values=_FLAGS)
 _BATCH_SIZE = flags.DEFINE_integer(

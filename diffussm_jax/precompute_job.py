@@ -20,13 +20,13 @@ import tensorflow_datasets  # noqa: F401 - before threads start: its import repl
 from etils import epath
 from tqdm import tqdm
 
-from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash
+from diffussm_jax.autoencoder import Autoencoder, encoder_hash
 from diffussm_jax.data import latents
-from diffussm_jax.data.card import SHARD, SKIPPED, wrong_keys
+from diffussm_jax.data.card import SHARD, SKIPPED, about_quantizer, wrong_keys
 from diffussm_jax.data.decoding import BrokenImage, reserve_until_cropped
 from diffussm_jax.data.names import check_class_names, check_split_name
 from diffussm_jax.data.sources import Source
-from diffussm_jax.data.transforms import center_crop, image_grid, to_uint8, to_unit_range
+from diffussm_jax.data.transforms import center_crop, image_grid, to_gray, to_uint8, to_unit_range
 from diffussm_jax.io import folder_lock, read_json, weights_hash, write_whole
 from diffussm_jax.parallel.hosts import barrier_on_all_hosts
 from diffussm_jax.parallel.mesh import make_mesh, over_batch, replicated
@@ -54,7 +54,7 @@ class Job:
     split: str
     image_size: int
     vae_name: str
-    vae: AutoencoderKL
+    vae: Autoencoder
     params: dict
     batch_size: int = 32
     shard_size: int = 4096
@@ -96,6 +96,7 @@ class Job:
                 "encoder_sha256": encoder_hash(self.params),
                 "scaling_factor": self.vae.scaling_factor,
                 "dtype": jnp.dtype(self.vae.dtype).name,
+                **about_quantizer(getattr(self.vae, "num_vq_embeddings", None)),
             },
             "batch_size": self.batch_size,
             "shard_size": self.shard_size,
@@ -166,7 +167,7 @@ def _is_whole(note: dict) -> bool:
 
 
 def make_encoder(job: Job) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
-    """Makes a function from images [b, S, S, 3] uint8 to mean and log_std [b, 2, H, W, C] float16.
+    """Makes a function from images [b, S, S, C_in] uint8 to mean and log_std [b, 2, H, W, C] float16.
 
     Index 1 of axis 1 is the mirror image. The batch is split over the local devices.
 
@@ -213,11 +214,15 @@ def _read(job: Job, index: int) -> _Item:
     try:
         with reserve_until_cropped(job.image_size):
             image, label, key, _ = job.source[index]
+            if image.shape[-1] > job.vae.in_channels:
+                image = to_gray(image)
             image = center_crop(image, job.image_size)
     except BrokenImage as error:
         key, reason = error.args
         return _Item(index, None, 0, _text(key), _text(str(reason)))
-    return _Item(index, image.repeat(3, -1) if image.shape[-1] == 1 else image, label, _text(key), "")
+    if image.shape[-1] < job.vae.in_channels:
+        image = image.repeat(job.vae.in_channels, -1)
+    return _Item(index, image, label, _text(key), "")
 
 
 def _items(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Item]]]:
@@ -259,14 +264,11 @@ def precompute(job: Job) -> dict:
     """Makes the missing shards of a split, and returns its card.
 
     Raises:
-      ValueError: the folder has this split with other settings, the image size is not a multiple of the autoencoder's
-        downsampling, the name of a class cannot be written, more than `max_bad_fraction` of the images are broken, or
-        another job makes this split (`io.folder_lock`). Finished shards are kept.
+      ValueError: the folder has this split with other settings, the autoencoder does not fit the images, the name of a
+        class cannot be written, more than `max_bad_fraction` of the images are broken, or another job makes this split
+        (`io.folder_lock`). Finished shards are kept.
     """
-    if job.image_size % job.vae.downsampling:
-        raise ValueError(
-            f"--image_size={job.image_size} is not a multiple of the autoencoder's downsampling {job.vae.downsampling}"
-        )
+    _check_autoencoder(job)
     check_split_name(job.split)
     settings = job.settings()
     if (job.folder / latents.card_name(job.split)).exists():
@@ -288,6 +290,20 @@ def precompute(job: Job) -> dict:
             if jax.process_index() == 0:
                 _finish(job, progress, settings)
     return latents.read_card(job.folder, job.split)
+
+
+def _check_autoencoder(job: Job) -> None:
+    """Raises ValueError if the autoencoder does not take such images, gray or in colour."""
+    vae = job.vae
+    if job.image_size % vae.downsampling:
+        raise ValueError(
+            f"--image_size={job.image_size} is not a multiple of the autoencoder's downsampling {vae.downsampling}"
+        )
+    if vae.in_channels not in (1, 3) or vae.out_channels != vae.in_channels:
+        raise ValueError(
+            f"the autoencoder {job.vae_name} takes {vae.in_channels} channels and returns {vae.out_channels}; images "
+            "have 1 (gray) or 3, before and after"
+        )
 
 
 def _finish(job: Job, progress: _Progress, settings: dict) -> None:

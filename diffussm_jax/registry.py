@@ -21,8 +21,12 @@ What a component of each kind is called with, beside its options, and what it mu
     source       path, split                  `data.sources.Source` of images; or records of latents with a
                                               `card` and `holds_latents = True`, as `data.latents.Latents`
     hook         context                      `training.task.Hook`
+    autoencoder  num_channels                 `autoencoder.first_stage.FirstStage`, made inside the task
 
 A task component that trains `parts.model` says so by an attribute `trains_model = True`; then the run can be sampled.
+It may have two more: `check`, called with `parts` before anything is read, which raises ValueError where the config's
+values do not fit; and `hooks`, called with `parts`, which returns hooks of its own.
+
 Only those of the listed arguments are passed that the component accepts. Its options are described in `options`.
 """
 
@@ -33,6 +37,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffussm_jax.autoencoder.first_stage import KLStage, VQStage
+from diffussm_jax.build_autoencoder import autoencoder
 from diffussm_jax.data.latents import Latents
 from diffussm_jax.data.sources import Digits, open_source
 from diffussm_jax.diffusion import (
@@ -61,7 +67,19 @@ from diffussm_jax.models.mixers import LSSL, S4, S4D, S6, Attention, Conv
 from diffussm_jax.options import Option, check_names, options_of
 from diffussm_jax.training.diffusion_task import diffusion
 
-KINDS = ("task", "model", "mixer", "conditioner", "process", "target", "weighting", "sampler", "source", "hook")
+KINDS = (
+    "task",
+    "model",
+    "mixer",
+    "conditioner",
+    "process",
+    "target",
+    "weighting",
+    "sampler",
+    "source",
+    "hook",
+    "autoencoder",
+)
 _COMPONENTS: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
 
@@ -139,6 +157,9 @@ def factory(kind: str, name: str, values: Mapping[str, Any], **context: Any) -> 
 
 
 register("task", "diffusion", diffusion)
+register("task", "autoencoder", autoencoder)
+register("autoencoder", "kl", KLStage)
+register("autoencoder", "vq", VQStage)
 register("model", "diffussm", DiffuSSM)
 register("model", "dit", DiT)
 register("model", "unet", UNet)

@@ -119,7 +119,9 @@ def _check_combinations(config: ConfigDict, num_devices: int, has_guide: bool) -
     channels = GUIDED_CHANNELS[sampling.guided_channels]
     guidance = (sampling.guidance_scale, sampling.guidance_interval, channels, data.num_channels)
     _explain("config.sampling", lambda: check_guidance(*guidance))
-    _explain("config.model", lambda: parts.model.check(parts.input_shape))
+    if parts.trains_model:
+        _explain("config.model", lambda: parts.model.check(parts.input_shape))
+    getattr(registry.component("task", config.task.name), "check", lambda parts: None)(parts)
     _explain("config.optimizer", lambda: parts.learning_rate)
     mesh = _explain("config.mesh", lambda: mesh_shape(**config.mesh.to_dict(), num_devices=num_devices))
     _check_mesh(config, parts, dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
@@ -149,7 +151,7 @@ def _check_mesh(config: ConfigDict, parts: Parts, mesh: Mapping[str, int]) -> No
             f"{mesh['data']} x fsdp = {mesh['fsdp']} devices x config.optimizer.accumulation_steps = "
             f"{accumulation_steps}"
         )
-    if mesh["fsdp"] * mesh["tensor"] > 1:
+    if mesh["fsdp"] * mesh["tensor"] > 1 and parts.trains_model:
         for path, shape in parts.parameter_shapes.items():
             spec_of(path, shape, parts.model.sharding_rules, _Sizes(mesh))
 

@@ -33,6 +33,7 @@ SPEED = ("images_per_second", "step_ms", "compute_ms", "data_wait", "peak_memory
 ADDED = {
     "init_from": "",
     "data.holdout": 0.0,
+    "data.min_crop_fraction": 0.8,
     "data.verify": False,
     "task.name": "diffusion",
     "model.patch_size": 1,

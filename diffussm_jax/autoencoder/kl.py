@@ -88,18 +88,21 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the resampling to the next, if any."""
+    """The residual blocks of one resolution, each with attention after it if wanted; then the resampling, if any."""
 
     features: int
     num_blocks: int
     norm_num_groups: int
     resampler: str | None
     dtype: jnp.dtype
+    has_attention: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.num_blocks):
             x = ResnetBlock(self.features, self.norm_num_groups, self.dtype, name=f"resnets_{i}")(x)
+            if self.has_attention:
+                x = Attention(self.norm_num_groups, self.dtype, name=f"attentions_{i}")(x)
         if self.resampler:
             x = Resample(self.resampler == "upsamplers", self.dtype, name=f"{self.resampler}_0")(x)
         return x
@@ -115,42 +118,48 @@ class Coder(nn.Module):
     features: int
     block_out_channels: tuple[int, ...]
     num_blocks: int
+    attention_levels: tuple[int, ...]
     norm_num_groups: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        channels = self.block_out_channels[::-1] if self.is_decoder else self.block_out_channels
+        levels = list(enumerate(self.block_out_channels))
+        if self.is_decoder:
+            levels.reverse()
         blocks, resampler = ("up_blocks", "upsamplers") if self.is_decoder else ("down_blocks", "downsamplers")
         middle = MidBlock(self.norm_num_groups, self.dtype, name="mid_block")
 
-        x = conv(channels[0], 3, self.dtype, "conv_in")(x)
+        x = conv(levels[0][1], 3, self.dtype, "conv_in")(x)
         if self.is_decoder:
             x = middle(x)
-        for i, features in enumerate(channels):
-            is_last = i == len(channels) - 1
-            change = None if is_last else resampler
-            level = Level(features, self.num_blocks, self.norm_num_groups, change, self.dtype, name=f"{blocks}_{i}")
-            x = level(x)
+        for i, (index, features) in enumerate(levels):
+            x = Level(
+                features,
+                self.num_blocks,
+                self.norm_num_groups,
+                resampler if i < len(levels) - 1 else None,
+                self.dtype,
+                has_attention=index in self.attention_levels,
+                name=f"{blocks}_{i}",
+            )(x)
         if not self.is_decoder:
             x = middle(x)
         x = nn.silu(group_norm(self.norm_num_groups, "conv_norm_out")(x))
+        self.sow("intermediates", "conv_out_input", x)  # the adversarial loss is weighed by gradients of conv_out
         return conv(self.features, 3, jnp.float32, "conv_out")(x)
 
 
-class AutoencoderKL(nn.Module):
-    """The KL autoencoder. A call encodes images and decodes the mean: [B, H, W, C_in] -> [B, H, W, C_out].
-
-    `model.apply({"params": params}, x, method="encode")`, or "decode". The defaults are those of Stable Diffusion: f =
-    8, four latent channels, 83,653,863 parameters.
+class Autoencoder(nn.Module):
+    """What `AutoencoderKL` and `VQModel` share: the sizes, the encoder and the decoder.
 
     Attributes:
       block_out_channels: channels per level, from full resolution down; multiples of norm_num_groups.
       layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+      attention_levels: levels, numbered from 0 at full resolution, that have attention after each residual block, in
+        the encoder and in the decoder. The middle block has attention always.
       latent_channels: C.
       scaling_factor: diffusion models multiply latents by it; not applied here.
-      use_quant_conv: adds a 1x1 conv after the encoder.
-      use_post_quant_conv: adds a 1x1 conv before the decoder.
       dtype: float32 or bfloat16, of convolutions and linear layers except the last of the encoder and the decoder.
         Parameters, norms, softmax and outputs are float32.
     """
@@ -159,11 +168,10 @@ class AutoencoderKL(nn.Module):
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
+    attention_levels: tuple[int, ...] = ()
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -172,25 +180,50 @@ class AutoencoderKL(nn.Module):
         return 2 ** (len(self.block_out_channels) - 1)
 
     def __post_init__(self):
-        self.block_out_channels = tuple(self.block_out_channels)  # a module with a list is not hashable
+        # A module with a list is not hashable.
+        self.block_out_channels = tuple(self.block_out_channels)
+        self.attention_levels = tuple(self.attention_levels)
         super().__post_init__()
 
-    def setup(self):
+    def make_coders(self, encoder_features: int) -> tuple[Coder, Coder]:
+        """The encoder, with that many channels at its end, and the decoder; for `setup`."""
         if any(n < 1 or n % self.norm_num_groups for n in self.block_out_channels) or not self.block_out_channels:
             raise ValueError(
                 "norm_num_groups must divide each of block_out_channels, "
                 f"got {self.norm_num_groups} and {self.block_out_channels}"
             )
+        check_attention_levels("attention_levels", self.attention_levels, len(self.block_out_channels))
         if jnp.dtype(self.dtype).name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {jnp.dtype(self.dtype).name}")
         shared = {
             "block_out_channels": self.block_out_channels,
+            "attention_levels": self.attention_levels,
             "norm_num_groups": self.norm_num_groups,
             "dtype": self.dtype,
         }
+        return (
+            Coder(False, features=encoder_features, num_blocks=self.layers_per_block, **shared),
+            Coder(True, features=self.out_channels, num_blocks=self.layers_per_block + 1, **shared),
+        )
+
+
+class AutoencoderKL(Autoencoder):
+    """The KL autoencoder. A call encodes images and decodes the mean: [B, H, W, C_in] -> [B, H, W, C_out].
+
+    `model.apply({"params": params}, x, method="encode")`, or "decode". The defaults are those of Stable Diffusion: f =
+    8, four latent channels, 83,653,863 parameters. See `Autoencoder` for the other attributes.
+
+    Attributes:
+      use_quant_conv: adds a 1x1 conv after the encoder.
+      use_post_quant_conv: adds a 1x1 conv before the decoder.
+    """
+
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    def setup(self):
         C = self.latent_channels
-        self.encoder = Coder(False, features=2 * C, num_blocks=self.layers_per_block, **shared)
-        self.decoder = Coder(True, features=self.out_channels, num_blocks=self.layers_per_block + 1, **shared)
+        self.encoder, self.decoder = self.make_coders(2 * C)
         self.quant_conv = conv(2 * C, 1, jnp.float32) if self.use_quant_conv else None
         self.post_quant_conv = conv(C, 1, jnp.float32) if self.use_post_quant_conv else None
 
@@ -235,6 +268,14 @@ class AutoencoderKL(nn.Module):
         return self.decode(mean)
 
 
+def check_attention_levels(name: str, levels: tuple, num_levels: int) -> None:
+    """Raises ValueError, with `name` in front, unless `levels` are numbers of levels, each once and in order."""
+    if not all(type(i) is int and 0 <= i < num_levels for i in levels) or list(levels) != sorted(set(levels)):
+        raise ValueError(
+            f"{name} must be levels from 0 (full resolution) to {num_levels - 1}, each once and in order, got {levels}"
+        )
+
+
 def check_images(x: jax.Array, channels: int, multiple: int, what: str = "images") -> None:
     """Raises ValueError unless x is [B, H, W, channels] of floats, with H and W multiples of `multiple`."""
     if x.ndim != 4 or x.shape[-1] != channels or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -249,13 +290,13 @@ def sample_latents(mean: jax.Array, log_std: jax.Array, key: jax.Array) -> jax.A
     return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
-def init_params(model: AutoencoderKL, seed: int) -> dict[str, Any]:
+def init_params(model: Autoencoder, seed: int) -> dict[str, Any]:
     """Random float32 parameters of an untrained autoencoder."""
     image = jnp.zeros((1, model.downsampling, model.downsampling, model.in_channels))
     return jax.jit(model.init)(jax.random.key(seed), image)["params"]
 
 
-def make_decoder(model: AutoencoderKL, params: Any, *, batch_size: int = 16) -> Callable[[jax.Array], np.ndarray]:
+def make_decoder(model: Autoencoder, params: Any, *, batch_size: int = 16) -> Callable[[jax.Array], np.ndarray]:
     """Makes a function from unscaled latents [B, h, w, c] to images in [-1, 1] [B, H, W, C] on the host.
 
     It decodes at most `batch_size` latents at a time, so that memory does not grow with B.

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffussm_jax.autoencoder.kl import AutoencoderKL, check_images
+from diffussm_jax.autoencoder.kl import Autoencoder, check_images
 
 
 def tiled_encode(
-    model: AutoencoderKL, params: Any, images: jax.Array, *, tile: int = 512, overlap: float = 0.25
+    model: Autoencoder, params: Any, images: jax.Array, *, tile: int = 512, overlap: float = 0.25
 ) -> tuple[jax.Array, jax.Array]:
     """`encode` by overlapping tiles.
 
@@ -36,7 +36,7 @@ def tiled_encode(
 
 
 def tiled_decode(
-    model: AutoencoderKL, params: Any, latents: jax.Array, *, tile: int = 64, overlap: float = 0.25
+    model: Autoencoder, params: Any, latents: jax.Array, *, tile: int = 64, overlap: float = 0.25
 ) -> jax.Array:
     """`decode` by overlapping tiles; see `tiled_encode`.
 

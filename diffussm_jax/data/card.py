@@ -19,6 +19,7 @@ _CARD = {
     "skipped": list,
 }
 _VAE = {"name": str, "encoder_sha256": str, "scaling_factor": int | float, "dtype": str}
+_QUANTIZER = {"num_codes": int}  # vae.quantizer, of a `VQModel`
 SHARD = {"file": str, "file_bytes": int, "num_records": int, "num_bytes": int, "sha256": str}
 SKIPPED = {"index": int, "key": str, "reason": str}
 
@@ -73,6 +74,8 @@ def _check_keys(card: Mapping, path: epath.Path) -> None:
 
     check(card, _CARD, "")
     check(card["vae"], _VAE, "vae.")
+    if "quantizer" in card["vae"]:
+        check(card["vae"]["quantizer"], _QUANTIZER, "vae.quantizer.")
     for i, shard in enumerate(card["shards"]):
         check(shard, SHARD, f"shards[{i}].")
     for i, item in enumerate(card["skipped"]):
@@ -85,17 +88,49 @@ def _check_keys(card: Mapping, path: epath.Path) -> None:
         raise ValueError(f"{path} is damaged: latent_shape is {shape}, and must be [H, W, C]")
 
 
-def check_card(card: Mapping, data: Mapping, path: str) -> None:
-    """Raises a ValueError with each key and both values if a card does not match `config.data`."""
+def about_quantizer(num_codes: int | None) -> dict:
+    """What `vae` in a card says of a `VQModel` beside what it says of every autoencoder; {} for None, no quantizer."""
+    return {} if num_codes is None else {"quantizer": {"num_codes": num_codes}}
+
+
+def check_quantizer(card: Mapping, num_codes: int | None, name: str) -> None:
+    """Checks that an autoencoder has the quantizer of the one that made the latents, or likewise none.
+
+    Args:
+      num_codes: of the codebook of the autoencoder; None without one.
+      name: of the autoencoder, for the message.
+
+    Raises:
+      ValueError: it does not. The message has both.
+    """
+
+    def kind(quantizer):
+        return f"a VQModel of {quantizer['num_codes']} codes" if quantizer else "an AutoencoderKL"
+
+    ours, its = card["vae"].get("quantizer"), about_quantizer(num_codes).get("quantizer")
+    if ours != its:
+        raise ValueError(
+            f"the autoencoder {name} is {kind(its)}, but the latents were made by {kind(ours)}, {card['vae']['name']}"
+        )
+
+
+def data_values(card: Mapping) -> dict[str, int | float]:
+    """What the keys of `config.data` are for the latents of a card."""
     H, _, C = card["latent_shape"]
-    expected = {
+    return {
         "image_size": card["image_size"],
         "num_channels": C,
         "downsampling": card["image_size"] // H,
         "scaling_factor": card["vae"]["scaling_factor"],
+        "num_classes": len(card["class_names"]),
     }
-    if data["num_classes"]:
-        expected["num_classes"] = len(card["class_names"])
+
+
+def check_card(card: Mapping, data: Mapping, path: str) -> None:
+    """Raises a ValueError with each key and both values if a card does not match `config.data`."""
+    expected = data_values(card)
+    if not data["num_classes"]:  # an unconditional model passes over the labels
+        del expected["num_classes"]
     wrong = [f"config.data.{k} = {data[k]}, the card has {v}" for k, v in expected.items() if data[k] != v]
     if wrong:
         raise ValueError(f"the latents of {path} do not match the config: " + "; ".join(wrong))

@@ -137,7 +137,7 @@ def write_card(
     Args:
       split: all of its shards must exist.
       settings: how they were made: at least "source", "image_size", "latent_shape", "class_names", and "vae" with
-        "name", "sha256", "encoder_sha256", "scaling_factor" and "dtype".
+        "name", "sha256", "encoder_sha256", "scaling_factor" and "dtype", and "quantizer" if it has one.
       shards: the results of `ShardWriter.finish`, in order.
       skipped: images left out, as {"index", "key", "reason"}.
 
@@ -184,6 +184,7 @@ def check_same_kind(ours: Mapping, theirs: Mapping, our_name: str, their_name: s
 
     def kind(card):
         vae = {f"vae.{key}": card["vae"][key] for key in ("encoder_sha256", "scaling_factor", "dtype")}
+        vae["vae.quantizer"] = card["vae"].get("quantizer")
         return vae | {key: card[key] for key in ("image_size", "latent_shape", "class_names")}
 
     ours, theirs = kind(ours), kind(theirs)

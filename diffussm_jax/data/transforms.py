@@ -30,6 +30,11 @@ def to_uint8(x: jax.Array | np.ndarray) -> np.ndarray:
     return np.round((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
+def to_gray(image: np.ndarray) -> np.ndarray:
+    """Converts [H, W, 3] uint8 to [H, W, 1]: luma, ITU-R 601-2, as Pillow's mode "L"."""
+    return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+
+
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
     """Mirrors each image of [B, H, W, C] left to right with probability 1/2."""
     is_mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))

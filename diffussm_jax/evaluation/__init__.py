@@ -4,6 +4,7 @@ inception, dinov2, classifier    networks; extractor, pretrained, resize serve t
 frechet      Fréchet distance and its extrapolation, streamed means and covariances
 fidelity     Inception score, precision and recall, density and coverage, KID, Gaussian MMD
 neighbours   nearest neighbours among training images, and a test for copies
+reconstruction  PSNR, SSIM and more of an autoencoder's reconstructions
 bootstrap    intervals
 distances    blocks of squared distances on the devices, for fidelity and neighbours
 """
@@ -15,6 +16,7 @@ from diffussm_jax.evaluation.fidelity import density_coverage, gaussian_mmd, inc
 from diffussm_jax.evaluation.frechet import Moments, RunningMoments, frechet_distance, frechet_infinity
 from diffussm_jax.evaluation.inception import Inception, inception_extractor
 from diffussm_jax.evaluation.neighbours import copy_test, nearest
+from diffussm_jax.evaluation.reconstruction import psnr, reconstruction_scores, ssim
 
 __all__ = [
     "DINOv2",
@@ -35,4 +37,7 @@ __all__ = [
     "nearest",
     "precision_recall",
     "proportion_interval",
+    "psnr",
+    "reconstruction_scores",
+    "ssim",
 ]

@@ -3,6 +3,8 @@
 Its 64 features take the place of Inception's. The scores are named after it, "FD-digits", because they compare with no
 FID. They compare with each other only where the classifier has the same weights, whose SHA-256 every report has.
 Samples must be compared with images that the classifier was not trained on.
+
+Its convolutions give the features of a perceptual distance too (`layer_features`), which is no LPIPS.
 """
 
 import dataclasses
@@ -19,7 +21,14 @@ import safetensors.numpy
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffussm_jax.evaluation.extractor import DISTANCES, FEATURES, PROBABILITIES, Extractor, check_images
+from diffussm_jax.evaluation.extractor import (
+    DISTANCES,
+    FEATURES,
+    PROBABILITIES,
+    Extractor,
+    block_means,
+    check_images,
+)
 from diffussm_jax.io import check_same_shapes, path_of, read_safetensors, shapes_by_path, weights_hash, write_whole
 
 _VERSION = 1  # of the network and its training; another one trains anew
@@ -69,14 +78,57 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = images.astype(jnp.float32) / 127.5 - 1
-        for i, width in enumerate(self.widths):
-            for j in range(2):
-                x = nn.Conv(width, (3, 3), name=f"conv_{i}_{j}")(x)
-                x = nn.relu(nn.GroupNorm(8, name=f"norm_{i}_{j}")(x))
-            if i + 1 < len(self.widths):
-                x = nn.max_pool(x, (2, 2), (2, 2))
-        features = x.mean((1, 2))
+        features = _convolutions(x, self.widths)[-1].mean((1, 2))
         return features, nn.Dense(self.num_classes, name="head")(features)
+
+
+class _Layers(nn.Module):
+    """What `Classifier` has before its mean, with the same parameters."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        return _convolutions(x, self.widths)
+
+
+def _convolutions(x: jax.Array, widths: tuple[int, ...]) -> list[jax.Array]:
+    """The maps after the second convolution of each resolution; called by a module, whose parameters they are."""
+    layers = []
+    for i, width in enumerate(widths):
+        x = nn.max_pool(x, (2, 2), (2, 2)) if i else x
+        for j in range(2):
+            x = nn.Conv(width, (3, 3), name=f"conv_{i}_{j}")(x)
+            x = nn.relu(nn.GroupNorm(8, name=f"norm_{i}_{j}")(x))
+        layers.append(x)
+    return layers
+
+
+def layer_features(name: str, params: dict) -> Callable[[jax.Array], list[jax.Array]]:
+    """The layers of a classifier as a differentiable function of images, for a perceptual distance.
+
+    Args:
+      name: "digits" or "cifar10".
+      params: `Extractor.params` of that classifier.
+
+    Returns:
+      a function of x [B, H, W, C] in [-1, 1] to the maps after the ReLU of the second convolution of each resolution,
+      float32 [B, H / 2**i, W / 2**i, widths[i]], rounded down. H and W may be any that leave a pixel in the last one:
+      they need not be those of the training images, which the network has learned from, and are not resized. It
+      raises ValueError for smaller images and for other channels.
+    """
+    training = CLASSIFIERS[name]
+    smallest = 2 ** (len(training.widths) - 1)
+
+    def layers(x: jax.Array) -> list[jax.Array]:
+        if x.ndim != 4 or x.shape[-1] != training.num_channels or min(x.shape[1:3]) < smallest:
+            raise ValueError(
+                f"the classifier {name} takes x [B, H, W, {training.num_channels}] of at least {smallest} x {smallest} "
+                f"pixels, got {list(x.shape)}"
+            )
+        return _Layers(training.widths).apply({"params": params}, x.astype(jnp.float32))
+
+    return layers
 
 
 def train_classifier(images: np.ndarray, labels: np.ndarray, training: Training, seed: int = 0) -> dict:
@@ -155,7 +207,7 @@ def classifier_extractor(
 
     Args:
       name: "digits" or "cifar10".
-      images: real ones, [N, H, W, C] uint8.
+      images: real ones, [N, H, W, C] uint8. Those of a multiple of its `image_size` are averaged over blocks.
       labels: [N] int.
       cache: folder for its weights.
       log: called with a line before training.
@@ -164,6 +216,8 @@ def classifier_extractor(
       ValueError: as `train_classifier`, or the weights in the cache are damaged.
     """
     training = CLASSIFIERS[name]
+    check_images(images, training.num_channels, training.image_size)
+    images = block_means(images, training.image_size)
     digest = hashlib.sha256(repr((_VERSION, training, images.shape)).encode())
     digest.update(images.tobytes() + np.asarray(labels, np.int64).tobytes())
     path = epath.Path(cache) / f"classifier_{name}_{digest.hexdigest()[:16]}.safetensors"

@@ -35,7 +35,8 @@ class Extractor:
       sha256: of the weights.
       num_channels: C of the images that it takes.
       distance: the name of the Fréchet distance on its features: "FID" for the FID Inception alone.
-      image_size: pixels of the only size that it takes; None if it takes any.
+      image_size: pixels of the images that `apply` takes; those of a multiple of it are averaged over blocks before.
+        None: any size.
       mesh: the devices; all if None.
     """
 
@@ -78,6 +79,7 @@ class Extractor:
           FloatingPointError: a feature is not finite.
         """
         check_images(images, self.num_channels, self.image_size)
+        images = images if self.image_size is None else block_means(images, self.image_size)
         num_parts = math.prod(self._mesh.shape[axis] for axis in BATCH)
         batch_size = min(batch_size, 1 << (len(images) - 1).bit_length())  # few sizes, few compilations
         batch_size = -(-batch_size // num_parts) * num_parts
@@ -102,8 +104,8 @@ def check_images(images: np.ndarray, num_channels: int | None = None, image_size
     """Checks that images can be scored.
 
     Raises:
-      ValueError: they are not uint8, not [N, H, W, C] with 1 or 3 channels (or `num_channels`), not of `image_size`, or
-        there are none.
+      ValueError: they are not uint8, not [N, H, W, C] with 1 or 3 channels (or `num_channels`), not of `image_size` or
+        a multiple, or there are none.
     """
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         hint = "; this looks like [N, C, H, W]: transpose it to channels last" if _is_channels_first(images) else ""
@@ -120,12 +122,22 @@ def check_images(images: np.ndarray, num_channels: int | None = None, image_size
         raise ValueError(
             f"the extractor takes {kinds[num_channels]} images with C = {num_channels}, got C = {images.shape[-1]}"
         )
-
-    if image_size is not None and images.shape[1:3] != (image_size, image_size):
+    H, W = images.shape[1:3]
+    if image_size is not None and (H != W or H < image_size or H % image_size):
         raise ValueError(
-            f"the extractor takes images of {image_size} x {image_size} pixels, got {images.shape[1]} x "
-            f"{images.shape[2]}"
+            f"the extractor takes images of {image_size} x {image_size} pixels, got {H} x {W}; of a multiple it takes "
+            "the means of blocks"
         )
+
+
+def block_means(images: np.ndarray, size: int) -> np.ndarray:
+    """The means over blocks of images [N, k size, k size, C] uint8, rounded: [N, size, size, C] uint8."""
+    N, H, _, C = images.shape
+    k = H // size
+    if k == 1:
+        return images
+    sums = images.reshape(N, size, k, size, k, C).sum((2, 4), dtype=np.uint32)
+    return ((sums + k * k // 2) // (k * k)).astype(np.uint8)
 
 
 def check_range(largest: int) -> None:

@@ -139,6 +139,7 @@ class _Run:
         self._window, self._clock = window, Clock()
         self._multiply_adds = self._task.multiply_adds  # asked once: counting traces the model
         self._is_first_process = jax.process_index() == 0
+        self._warned: set[str] = set()
 
     def _to_devices(self, batch: Batch) -> Batch:
         return batch_to_devices(self._task.mesh, batch)
@@ -212,7 +213,15 @@ class _Run:
         bar.set_postfix(shown)
         if num_skipped:
             bar.write(f"step {step}: skipped {num_skipped} steps since the last row: loss or gradient not finite")
+        self._warn(metrics, step, bar)
         return metrics | {"skipped_steps": num_skipped} | speed
+
+    def _warn(self, metrics: dict[str, float], step: int, bar: tqdm) -> None:
+        """Prints what the task says of a row, unless it said the same of the row before."""
+        found = getattr(self._task, "warnings", lambda metrics: {})(metrics)
+        if found.keys() - self._warned and self._is_first_process:
+            bar.write("\n".join(f"step {step}: {found[name]}" for name in found if name not in self._warned))
+        self._warned = {*found}
 
     def _check_not_diverged(self, state: Any, step: int) -> None:
         skipped, allowed = int(state.skipped_in_a_row), self._task.max_skipped_steps

@@ -43,7 +43,11 @@ def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransforma
 
 
 def adamw(
-    schedule: optax.Schedule, *, weight_decay: float = 0.0, max_grad_norm: float = 0.0
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW, after clipping the gradient's global norm to `max_grad_norm` (0: not clipped); `update` takes `step`.
 
@@ -54,7 +58,7 @@ def adamw(
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
     optimizer = optax.chain(
-        optax.scale_by_adam(),
+        optax.scale_by_adam(*betas),
         optax.add_decayed_weights(weight_decay, is_decayed),
         scale_by_learning_rate(schedule),
     )

@@ -11,7 +11,8 @@ class Task(Protocol):
     """What is trained.
 
     A state is a dataclass and a pytree. The loop reads its fields `step` and `skipped_in_a_row`. If it has a field
-    `ema_params`, that must be what `eval_params` returns; the checkpoint then holds it once.
+    `ema_params`, that must be what `eval_params` returns; the checkpoint then holds it once. A task may have a method
+    `warnings`: (means of a row of metrics) -> texts by name; the loop prints them when their names change.
 
     Attributes:
       mesh: the devices.

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diffussm_jax.autoencoder import AutoencoderKL, encoder_hash, from_diffusers, to_diffusers
+from diffussm_jax.autoencoder import AutoencoderKL, VQModel, encoder_hash, from_diffusers, to_diffusers
 from diffussm_jax.io import weights_hash
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 MODEL = AutoencoderKL(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, scaling_factor=0.13025)
+VQ = VQModel(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, num_vq_embeddings=6)
+CODEBOOK = "quantize.embedding.weight"
 QUERY = "encoder.mid_block.attentions.0.to_q.weight"
 
 
@@ -31,12 +33,19 @@ def random_params(model, seed=0):
 
 
 PARAMS = random_params(MODEL)
+VQ_PARAMS = random_params(VQ)
 
 
 @pytest.fixture
 def saved(tmp_path):
     to_diffusers(MODEL, PARAMS, tmp_path / "vae")
     return tmp_path / "vae"
+
+
+@pytest.fixture
+def saved_vq(tmp_path):
+    to_diffusers(VQ, VQ_PARAMS, tmp_path / "vq")
+    return tmp_path / "vq"
 
 
 def assert_same_bits(actual, expected):
@@ -70,8 +79,20 @@ def edit_tensors(directory, edit):
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
+        MODEL.clone(attention_levels=(1,)),
+        VQ,
+        VQModel(
+            in_channels=1,
+            out_channels=2,
+            block_out_channels=[4, 4, 8],
+            latent_channels=5,
+            norm_num_groups=4,
+            scaling_factor=2.0,
+            num_vq_embeddings=5,  # square: a transposed codebook would not be seen by its shape
+            attention_levels=[0, 2],
+        ),
     ],
-    ids=["two levels", "three levels"],
+    ids=["two levels", "three levels", "attention", "VQ", "VQ, three levels with attention"],
 )
 def test_params_return_from_diffusers(model, tmp_path):
     params = random_params(model)
@@ -99,6 +120,12 @@ def test_kernels_are_transposed(saved):
         assert tensors["encoder.conv_in.weight"][out, into, row, column] == conv[row, column, into, out]
     dense = np.asarray(PARAMS["decoder"]["mid_block"]["attentions_0"]["to_out_0"]["kernel"])
     np.testing.assert_array_equal(tensors["decoder.mid_block.attentions.0.to_out.0.weight"], dense.T)
+
+
+def test_the_codebook_is_not_transposed(saved_vq):
+    tensors = load_file(saved_vq / WEIGHTS)
+    np.testing.assert_array_equal(tensors[CODEBOOK], VQ_PARAMS["quantize"]["embedding"])
+    assert "quant_conv.weight" in tensors and len(tensors) == len(jax.tree.leaves(VQ_PARAMS))
 
 
 def test_files_are_replaced_whole(saved, monkeypatch):
@@ -156,9 +183,45 @@ def test_the_model_computes_in_the_dtype_asked_for(saved):
         from_diffusers(saved, dtype="float16")
 
 
-def test_a_whole_pipeline(saved):
+@pytest.mark.parametrize("folder", ["vae", "vqvae"])
+def test_a_whole_pipeline(saved, folder):
+    saved.rename(saved.parent / folder)
     (saved.parent / "model_index.json").write_text("{}")
     assert_same_bits(from_diffusers(saved.parent)[1], PARAMS)
+
+
+def test_the_work_directory_of_a_run(saved):
+    config = saved.parent / CONFIG
+    config.write_text('{"task": {"name": "autoencoder"}, "num_steps": 3}')
+    assert_same_bits(from_diffusers(saved.parent)[1], PARAMS)
+    saved.rename(saved.parent / "other")
+    with pytest.raises(FileNotFoundError, match=r"task 'autoencoder', without a folder vae\. .* when it is finished"):
+        from_diffusers(saved.parent)
+    for content in ("{", '{"task": 3}'):  # damaged, or no run
+        config.write_text(content)
+        with pytest.raises(
+            FileNotFoundError, match=rf"{saved.parent} holds no {WEIGHTS}, only \['config.json', 'other'\]"
+        ):
+            from_diffusers(saved.parent)
+
+
+def test_statistics_are_recorded(saved):
+    to_diffusers(MODEL, PARAMS, saved, statistics={"mean": np.arange(4), "std": (1, 2.5, 3, 4)})
+    config = json.loads((saved / CONFIG).read_text())
+    assert config["_latents_mean"] == [0, 1, 2, 3] and config["_latents_std"] == [1, 2.5, 3, 4]
+    model, params = from_diffusers(saved)
+    assert model == MODEL
+    assert_same_bits(params, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [{"mean": [0.0] * 4}, {"mean": [0.0] * 4, "std": [1.0] * 3}, {"mean": [0.0] * 4, "std": [1.0, 1, 1, np.inf]}],
+)
+def test_wrong_statistics(statistics, tmp_path):
+    with pytest.raises(ValueError, match=r"mean and std, each of 4 finite numbers \(latent_channels\), got \{'mean'"):
+        to_diffusers(MODEL, PARAMS, tmp_path / "vae", statistics=statistics)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_unexpected_and_reshaped_tensors_are_all_named(saved):
@@ -222,14 +285,26 @@ def test_damaged_config(saved, content, message):
 @pytest.mark.parametrize(
     ("key", "value", "supported"),
     [
-        ("_class_name", "AsymmetricAutoencoderKL", "'AutoencoderKL'"),
+        ("_class_name", "AsymmetricAutoencoderKL", "'AutoencoderKL' or 'VQModel'"),
+        ("_class_name", ["VQModel"], "'AutoencoderKL' or 'VQModel'"),
         ("act_fn", "gelu", "'silu' or 'swish'"),
         ("mid_block_add_attention", False, "True"),
         ("shift_factor", 0.0609, "None or 0"),
         ("latents_mean", [0.0] * 4, "None"),
         ("latents_std", [1.0] * 4, "None"),
-        ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], r"\['DownEncoderBlock2D', 'Down"),
-        ("up_block_types", ["UpDecoderBlock2D"], r"\['UpDecoderBlock2D', 'UpDecoderBlock2D'\], one for each"),
+        (
+            "down_block_types",
+            ["DownEncoderBlock2D", "DownBlock2D"],
+            "'DownEncoderBlock2D' or 'AttnDownEncoderBlock2D' for",
+        ),
+        ("down_block_types", ["DownEncoderBlock2D"] * 3, "'DownEncoderBlock2D' or .* for each of block_out_channels"),
+        ("down_block_types", "DownEncoderBlock2D", "'DownEncoderBlock2D' or .* for each of block_out_channels"),
+        ("up_block_types", ["UpDecoderBlock2D"], r"\['UpDecoderBlock2D', 'UpDecoderBlock2D'\], as of down_block_types"),
+        (
+            "up_block_types",
+            ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+            r"\['UpDecoderBlock2D', 'UpDecoderBlock2D'\], as",
+        ),
         ("block_out_channels", [4, 0], "a list of counts"),
         ("block_out_channels", [], "a list of counts"),
         ("layers_per_block", [1, 1], "a positive whole number"),
@@ -237,12 +312,89 @@ def test_damaged_config(saved, content, message):
         ("scaling_factor", "0.18", "a positive number"),
         ("use_quant_conv", None, "true or false"),
         ("spatial_norm", 3, "nothing of that name"),
+        ("num_vq_embeddings", 256, "nothing of that name"),
     ],
 )
 def test_configs_of_other_models(saved, key, value, supported):
     edit_config(saved, **{key: value})
     with pytest.raises(ValueError, match=rf"config\.json: {key} is {re.escape(repr(value))}; supported is {supported}"):
         from_diffusers(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "supported"),
+    [
+        ("norm_type", "spatial", "'group'"),
+        ("vq_embed_dim", 4, "None or 3"),
+        ("num_vq_embeddings", 0, "a positive whole number, at most 65,536"),
+        ("num_vq_embeddings", 10**6, "a positive whole number, at most 65,536"),
+        ("mid_block_add_attention", False, "True"),
+        ("use_quant_conv", False, "nothing of that name"),
+        ("shift_factor", 0.1, "nothing of that name"),
+    ],
+)
+def test_vq_configs_of_other_models(saved_vq, key, value, supported):
+    edit_config(saved_vq, **{key: value})
+    with pytest.raises(ValueError, match=rf"config\.json: {key} is {re.escape(repr(value))}; supported is {supported}"):
+        from_diffusers(saved_vq)
+
+
+def test_vq_config_lacking_what_diffusers_lacked(saved_vq):
+    keys = ("_class_name", "act_fn", "block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups")
+    keys += ("num_vq_embeddings", "up_block_types")
+    config = json.loads((saved_vq / CONFIG).read_text())
+    extras = {"vq_embed_dim": 3, "_diffusers_version": "0.4.2"}
+    (saved_vq / CONFIG).write_text(json.dumps({key: config[key] for key in keys} | extras))
+    model, params = from_diffusers(saved_vq)
+    assert model == VQ.clone(scaling_factor=0.18215)
+    assert_same_bits(params, VQ_PARAMS)
+
+
+def test_attention_is_at_the_same_levels_of_encoder_and_decoder(saved):
+    edit_config(saved, down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"])
+    with pytest.raises(ValueError, match=r"supported is \['AttnUpDecoderBlock2D', 'UpDecoderBlock2D'\], as of down_bl"):
+        from_diffusers(saved)
+    edit_config(saved, up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"])
+    with pytest.raises(
+        ValueError, match=r"missing: \[.*'encoder\.down_blocks\.1\.attentions\.0\.to_q\.weight \(8, 8\)'"
+    ):
+        from_diffusers(saved)
+
+
+def test_weights_of_the_other_class(saved, saved_vq):
+    (saved / WEIGHTS).replace(saved.parent / "kl")
+    (saved_vq / WEIGHTS).replace(saved / WEIGHTS)
+    (saved.parent / "kl").replace(saved_vq / WEIGHTS)
+    with pytest.raises(ValueError, match=r"config\.json: _class_name is 'AutoencoderKL'; .* a codebook .*'VQModel'"):
+        from_diffusers(saved)
+    with pytest.raises(ValueError, match=r"config\.json: _class_name is 'VQModel'; .* no codebook .*'AutoencoderKL'"):
+        from_diffusers(saved_vq)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_vq_embeddings": 7}, rf"of another shape: \['{CODEBOOK}: \(6, 3\), not \(7, 3\)'\]"),
+        ({"latent_channels": 4}, rf"'{CODEBOOK}: \(6, 3\), not \(6, 4\)'"),
+        (
+            {"block_out_channels": [4, 8, 8]},
+            r"block_out_channels is \[4, 8, 8\], of downsampling 4; .* holds 2 levels, of downsampling 2",
+        ),
+        ({"block_out_channels": [4]}, r"is \[4\], of downsampling 1; .* holds 2 levels, of downsampling 2"),
+    ],
+)
+def test_weights_of_another_codebook_or_factor(saved_vq, changes, message):
+    levels = len(changes.get("block_out_channels", [4, 8]))
+    types = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    edit_config(saved_vq, **types, **changes)
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(saved_vq)
+
+
+def test_vq_params_of_another_codebook_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"of another shape: \['quantize/embedding: \(6, 3\), not \(8, 3\)'\]"):
+        to_diffusers(VQ.clone(num_vq_embeddings=8), VQ_PARAMS, tmp_path / "vq")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -296,14 +448,16 @@ def test_directories_that_are_not_there(saved, tmp_path):
         from_diffusers(saved)
     (tmp_path / "model_index.json").write_text("{}")
     saved.rename(tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match=r"vae holds no config\.json, only no such directory"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json, only \['model_index\.json', 'other'\]"):
         from_diffusers(tmp_path)
 
 
 def test_the_hub_is_asked_for_two_files(saved, monkeypatch):
     def snapshot_download(repository, *, allow_patterns):
         assert repository == "stabilityai/sd-vae-ft-ema"
-        assert {CONFIG, WEIGHTS, f"vae/{WEIGHTS}"} < set(allow_patterns) and "*" not in "".join(allow_patterns)
+        assert {CONFIG, WEIGHTS, f"vae/{WEIGHTS}", f"vqvae/{CONFIG}"} < set(allow_patterns) and "*" not in "".join(
+            allow_patterns
+        )
         return str(saved)
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
@@ -352,9 +506,10 @@ def test_only_safetensors_is_needed_to_import():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_encoders_hash_knows_nothing_of_the_decoder():
-    digest = encoder_hash(PARAMS)
-    assert digest != weights_hash(PARAMS)
-    for name in PARAMS:
-        other = PARAMS | {name: jax.tree.map(lambda leaf: leaf + 1, PARAMS[name])}
-        assert (encoder_hash(other) == digest) == (name in ("decoder", "post_quant_conv")), name
+@pytest.mark.parametrize("params", [PARAMS, VQ_PARAMS], ids=["KL", "VQ"])
+def test_the_encoders_hash_knows_nothing_of_the_decoder(params):
+    digest = encoder_hash(params)
+    assert digest != weights_hash(params)
+    for name in params:
+        other = params | {name: jax.tree.map(lambda leaf: leaf + 1, params[name])}
+        assert (encoder_hash(other) == digest) == (name in ("decoder", "post_quant_conv", "quantize")), name

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 
 from diffussm_jax.autoencoder import AutoencoderKL, sample_latents, tiled_decode, tiled_encode
-from diffussm_jax.autoencoder.kl import Resample
+from diffussm_jax.autoencoder.first_stage import KLStage
+from diffussm_jax.autoencoder.kl import Level, Resample, ResnetBlock
 from diffussm_jax.autoencoder.tiling import blend_weights
 from diffussm_jax.layers import group_norm
 
@@ -32,6 +34,10 @@ def param_shapes(model):
 
 
 def random_params(model, seed=0):
+    return random_params_of(param_shapes(model), seed)
+
+
+def random_params_of(shapes, seed=0):
     """Parameters of which none, norms' and biases included, is what it starts at."""
     rng = np.random.default_rng(seed)
 
@@ -40,7 +46,7 @@ def random_params(model, seed=0):
         spread = 1 / math.sqrt(math.prod(leaf.shape[:-1])) if name == "kernel" else 0.2
         return rng.normal(float(name == "scale"), spread, leaf.shape).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, param_shapes(model))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 PARAMS = random_params(SMALL)
@@ -69,12 +75,22 @@ def test_the_default_is_stable_diffusions():
     assert model.downsampling == 8 and model.scaling_factor == 0.18215
 
 
-@pytest.mark.parametrize(("channels", "layers_per_block"), [((8,), 1), ((4, 8), 2), ((4, 8, 8, 12), 1)])
-def test_any_number_of_levels(channels, layers_per_block):
+@pytest.mark.parametrize(
+    ("channels", "layers_per_block", "attention_levels"),
+    [((8,), 1, (0,)), ((4, 8), 2, ()), ((4, 8, 8, 12), 1, (1, 3))],
+)
+def test_any_number_of_levels(channels, layers_per_block, attention_levels):
     options = {"latent_channels": 3, "norm_num_groups": 4, "use_quant_conv": False}
-    model = AutoencoderKL(block_out_channels=channels, layers_per_block=layers_per_block, **options)
+    sizes = {"block_out_channels": channels, "layers_per_block": layers_per_block, "attention_levels": attention_levels}
+    model = AutoencoderKL(**sizes, **options)
     params = random_params(model)
     assert "quant_conv" not in params and "post_quant_conv" in params
+    last = len(channels) - 1
+    for coder, blocks, number in (("encoder", "down_blocks", 0), ("decoder", "up_blocks", 1)):
+        for i in range(len(channels)):
+            names = [name for name in params[coder][f"{blocks}_{i}"] if "attentions" in name]
+            has_attention = abs(i - number * last) in attention_levels  # the decoder begins at the last level
+            assert len(names) == (layers_per_block + number if has_attention else 0)
     f = model.downsampling
     assert f == 2 ** (len(channels) - 1)
     mean, log_std = apply(model, params, images(2, 2 * f, 3 * f), "encode")
@@ -82,6 +98,27 @@ def test_any_number_of_levels(channels, layers_per_block):
     decoded = apply(model, params, mean, "decode")
     assert decoded.shape == (2, 2 * f, 3 * f, 3)
     assert mean.dtype == log_std.dtype == decoded.dtype == jnp.float32
+
+
+def test_a_level_with_attention():
+    level = Level(8, 2, 4, None, jnp.float32, has_attention=True)
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    params = random_params_of(jax.eval_shape(level.init, jax.random.key(0), x)["params"])
+
+    def attend(x, p):
+        groups = x.reshape(2, 15, 4, 2).astype(np.float64)
+        h = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+        h = h.reshape(2, 15, 8) * p["group_norm"]["scale"] + p["group_norm"]["bias"]
+        q, k, v = (h @ p[name]["kernel"] + p[name]["bias"] for name in ("to_q", "to_k", "to_v"))
+        weights = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(8))
+        h = weights / weights.sum(-1, keepdims=True) @ v
+        return x + (h @ p["to_out_0"]["kernel"] + p["to_out_0"]["bias"]).reshape(x.shape)
+
+    expected = x
+    for i in range(2):
+        block = ResnetBlock(8, 4, jnp.float32).apply({"params": params[f"resnets_{i}"]}, jnp.float32(expected))
+        expected = attend(np.asarray(block), params[f"attentions_{i}"])
+    assert_close(jax.jit(level.apply)({"params": params}, x), expected, 1e-5)
 
 
 @pytest.mark.parametrize("tap", [(0, 0), (1, 1), (2, 1), (2, 2)])
@@ -143,27 +180,46 @@ def test_bfloat16_is_near_float32():
 
 
 def test_bfloat16_holds_for_convs_but_not_for_norms_and_last_layers():
-    half = SMALL.clone(dtype=jnp.bfloat16)
+    half = SMALL.clone(dtype=jnp.bfloat16, attention_levels=(1,))
+    params = param_shapes(half)
 
     def is_layer(module, method):
         return method == "__call__" and isinstance(module, nn.GroupNorm | nn.Conv | nn.Dense)
 
     _, state = jax.eval_shape(
         lambda p, x: half.apply({"params": p}, x, capture_intermediates=is_layer, mutable=["intermediates"]),
-        PARAMS,
+        params,
         images(),
     )
-    dtypes = {path[:-2]: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(state["intermediates"])}
-    assert dtypes.keys() == {path[:-1] for path, _ in jax.tree_util.tree_leaves_with_path(PARAMS)}
+    outputs = jax.tree_util.tree_leaves_with_path(state["intermediates"])
+    dtypes = {path[:-2]: leaf.dtype for path, leaf in outputs if path[-2].key == "__call__"}
+    assert dtypes.keys() == {path[:-1] for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     for path, dtype in dtypes.items():
         name = path[-1].key
         is_float32 = "norm" in name or name in ("conv_out", "quant_conv", "post_quant_conv")
         assert dtype == (jnp.float32 if is_float32 else jnp.bfloat16), path
 
 
+def test_the_last_convolutions_input_can_be_had():
+    x = images(1, 8, 12)
+    variables = {"params": PARAMS}
+    found, state = jax.jit(lambda x: SMALL.apply(variables, x, mutable="intermediates"))(x)
+    (last_input,) = state["intermediates"]["decoder"]["conv_out_input"]
+    kernel, bias = (PARAMS["decoder"]["conv_out"][name] for name in ("kernel", "bias"))
+    expected = sum(
+        np.pad(last_input, ((0, 0), (1, 1), (1, 1), (0, 0)))[:, i : i + 8, j : j + 12] @ kernel[i, j]
+        for i in range(3)
+        for j in range(3)
+    )
+    assert_close(found, expected + bias, 1e-5)
+    np.testing.assert_array_equal(found, apply(SMALL, PARAMS, x, None))
+    assert len(jax.make_jaxpr(lambda x: SMALL.apply(variables, x))(x).out_avals) == 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_reach_every_parameter(dtype):
-    model = AutoencoderKL(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, dtype=jnp.dtype(dtype))
+    sizes = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_levels": (1,)}
+    model = AutoencoderKL(**sizes, dtype=jnp.dtype(dtype))
     x = images(2, 8, 12)
 
     def loss(params):
@@ -209,11 +265,28 @@ def test_latents_of_a_wrong_shape():
         ),
         ({"block_out_channels": ()}, r"got 32 and \(\)"),
         ({"dtype": jnp.float16}, r"one of float32, bfloat16, got float16"),
+        *[
+            (
+                {"attention_levels": levels},
+                f"attention_levels must be levels from 0 .* to 3,.* got {re.escape(str(levels))}",
+            )
+            for levels in ((4,), (-1,), (3, 1), (2, 2), ("3",), (True,), (1.0,))
+        ],
     ],
 )
 def test_models_that_cannot_be(fields, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(AutoencoderKL(**fields).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+@pytest.mark.parametrize("levels", [(2,), (1, 0), ("0",)])
+def test_stages_name_the_key_of_wrong_levels(levels):
+    stage = KLStage(block_out_channels=(32, 64), attention_levels=levels)
+    with pytest.raises(ValueError, match=r"config\.task\.autoencoder\.attention_levels must be levels from 0 .* to 1,"):
+        stage.check()
+    good = KLStage(block_out_channels=(32, 64), attention_levels=(0, 1))
+    good.check()
+    assert good.model.attention_levels == (0, 1)
 
 
 # Tiles.

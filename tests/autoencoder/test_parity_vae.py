@@ -35,6 +35,12 @@ CONFIGS = {
         "in_channels": 1,
         "out_channels": 2,
     },
+    "f4, attention in levels": {
+        "block_out_channels": (8, 16, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_levels": (0, 2),
+    },
     "f1, no quant conv": {
         "block_out_channels": (8,),
         "norm_num_groups": 4,
@@ -45,12 +51,12 @@ CONFIGS = {
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def torch_model(seed=0, **config):
-    levels = len(config["block_out_channels"])
+def torch_model(seed=0, *, attention_levels=(), **config):
+    kinds = ["Attn" if i in attention_levels else "" for i in range(len(config["block_out_channels"]))]
     model = diffusers.AutoencoderKL(
         **{"layers_per_block": 2, "scaling_factor": 0.3, **config},
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        down_block_types=tuple(f"{kind}DownEncoderBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)),
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -91,8 +97,9 @@ def assert_close(actual, expected, rtol):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
 
 
-def test_config_is_understood(pair):
+def test_config_is_understood(pair, request):
     reference, model, params = pair
+    assert model.attention_levels == CONFIGS[request.node.callspec.params["pair"]].get("attention_levels", ())
     for key in ("in_channels", "latent_channels", "layers_per_block", "norm_num_groups", "scaling_factor"):
         assert getattr(model, key) == reference.config[key]
     assert list(model.block_out_channels) == list(reference.config.block_out_channels)

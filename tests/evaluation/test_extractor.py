@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffussm_jax.evaluation.extractor import Extractor, check_images, check_range
+from diffussm_jax.evaluation.extractor import Extractor, block_means, check_images, check_range
 
 
 def moments(params, images):
@@ -111,9 +111,26 @@ def test_images_from_0_to_1_are_found_by_their_largest_value():
 
 
 def test_an_extractor_may_take_one_size():
-    check_images(np.full((2, 8, 8, 3), 9, np.uint8), image_size=8)
-    with pytest.raises(ValueError, match="8 x 8 pixels, got 9 x 8"):
-        check_images(np.full((2, 9, 8, 3), 9, np.uint8), image_size=8)
+    for size in (8, 24):
+        check_images(np.full((2, size, size, 3), 9, np.uint8), image_size=8)
+    for height, width in ((9, 8), (16, 8), (4, 4), (12, 12), (0, 0)):
+        with pytest.raises(ValueError, match=f"8 x 8 pixels, got {height} x {width}"):
+            check_images(np.full((2, height, width, 3), 9, np.uint8), image_size=8)
+
+
+def test_images_of_a_multiple_are_averaged_over_blocks():
+    images = np.random.default_rng(0).integers(0, 256, (5, 12, 12, 3), np.uint8)
+    expected = np.zeros((5, 4, 4, 3))
+    for i in range(4):
+        for j in range(4):
+            expected[:, i, j] = np.floor(images[:, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3].mean((1, 2)) + 0.5)
+    found = block_means(images, 4)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(block_means(np.repeat(images, 2, 1).repeat(2, 2), 12), images)
+    np.testing.assert_array_equal(block_means(np.full((1, 64, 64, 1), 255, np.uint8), 1), [[[[255]]]])
+    shrinking = make(image_size=4)
+    np.testing.assert_array_equal(shrinking(images)["features"], shrinking(found)["features"])
 
 
 def test_channels_of_the_extractor():
