@@ -14,7 +14,7 @@ from diffussm_jax.build import Parts
 from diffussm_jax.data_config import complete_from_data
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.io import check_path
-from diffussm_jax.models.costs import modules, table
+from diffussm_jax.models.costs import Costs, modules, table
 from diffussm_jax.parallel.mesh import make_mesh, platform_of
 from diffussm_jax.training.loop import train
 from diffussm_jax.validation import per_device_microbatch, validate
@@ -57,7 +57,8 @@ def describe(config: ConfigDict) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     machine = f"{len(devices)} x {devices[0].device_kind} ({platform_of(devices[0])}), mesh: {axes}"
     if not parts.trains_model:
-        return f"task {config.task.name}\n{machine}"
+        costs = getattr(parts.task, "costs", None)
+        return f"task {config.task.name}{f': {_described(costs)}' if costs else ''}\n{machine}"
     H, W, C = parts.input_shape
     costs = parts.model.costs(parts.input_shape, per_device_microbatch(config, parts.mesh.shape))
     model = (
@@ -71,6 +72,12 @@ def describe(config: ConfigDict) -> str:
     if costs.mixer_method:
         machine += f", SSM: {costs.mixer_method}"
     return f"{model}\n{machine}"
+
+
+def _described(costs: Costs) -> str:
+    """The parameters of each part, and the multiply-adds of one image."""
+    parts = ", ".join(f"{name} {count:,}" for name, count in costs.parameters.items())
+    return f"parameters: {parts}; {costs.total / 1e9:.3f} G multiply-adds per image of a step (forward)"
 
 
 def module_table(config: ConfigDict) -> str:

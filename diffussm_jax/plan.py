@@ -143,8 +143,11 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
     validate(config, machine.num_devices)
     mesh = make_mesh(**config.mesh.to_dict(), devices=compile_only_devices(machine))
     parts = Parts(config, mesh, has_decoder=False)
-    costs = parts.model.costs(parts.input_shape, per_device_microbatch(config, mesh.shape))
     task, available = parts.task, machine.chip.memory_bytes
+    if parts.trains_model:
+        costs = parts.model.costs(parts.input_shape, per_device_microbatch(config, mesh.shape))
+    else:
+        costs = getattr(task, "costs", Costs({}, {}))
     state_bytes = _state_bytes(task.abstract_state)
     if sum(state_bytes.values()) > available:
         raise StateDoesNotFitError(_too_much("the training state alone takes", sum(state_bytes.values()), available))
@@ -163,7 +166,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
         mesh=dict(mesh.shape),
         batch_size=config.batch_size,
         settings={
-            **{key: config.model[key] for key in ("remat", "dtype") if key in config.model},
+            **{key: config.model[key] for key in ("remat", "dtype") if key in config.model and parts.trains_model},
             "accumulation_steps": config.optimizer.accumulation_steps,
             **({"mixer_method": costs.mixer_method} if costs.mixer_method else {}),
         },
@@ -210,7 +213,7 @@ def smaller_changes(config: ConfigDict, num_devices: int) -> Iterator[dict[str, 
     with the most recomputation.
     """
     model, changes = config.model, []
-    if remat := registry.options("model", model.name).get("remat"):
+    if Parts(config).trains_model and (remat := registry.options("model", model.name).get("remat")):
         policies = remat.choices.names
         changes = [{"model.remat": policy} for policy in policies[policies.index(model.remat) + 1 :]]
     most = changes[-1] if changes else {}

@@ -61,7 +61,7 @@ def photographs(tmp_path):
 def run_the_sequence(kind, data, source, split, num_classes, folder):
     """Runs the four programs. Returns the config of the autoencoder, the card, the last run's config, the samples."""
     first, latents, second = folder / "autoencoder", folder / "latents", folder / "diffussm"
-    run(main, SHORT | AUTOENCODER | data, config=f"{CONFIGS}/cifar10_autoencoder.py:{kind}", workdir=first)
+    run(main, SHORT | AUTOENCODER | data, config=f"{CONFIGS}/cifar10_autoencoder_{kind}.py", workdir=first)
     run(precompute, source=source, source_split=split, image_size=SIZE, vae=first, out=latents)
     data = {"data.path": latents, "data.vae": first, "data.num_classes": num_classes}
     run(main, SHORT | DIFFUSION | data, config=f"{CONFIGS}/cifar10_latent.py", workdir=second)

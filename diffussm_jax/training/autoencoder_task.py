@@ -16,6 +16,7 @@ All randomness of step s comes from fold_in(key(seed), s).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from diffussm_jax.autoencoder import from_diffusers, losses
 from diffussm_jax.autoencoder.first_stage import FirstStage, check_same_model
 from diffussm_jax.data.transforms import to_unit_range
 from diffussm_jax.layers import conv
-from diffussm_jax.models.costs import count_products
+from diffussm_jax.models.costs import Costs, count_products
 from diffussm_jax.parallel.mesh import over_batch, replicated
 from diffussm_jax.training.adversary import Adversary, adversarial_warnings
 from diffussm_jax.training.ema import EMA
@@ -47,6 +48,11 @@ Batch = dict[str, jax.Array]
 GENERATOR, DISCRIMINATOR, LOGVAR = "generator", "discriminator", "logvar"
 _CODEBOOK_SALT = 0xC0DE  # sets the draws of restarted codes apart from those of the same step's noise
 MIN_MSE = 1e-10  # 106 dB: of 8-bit images the least that is not zero is 96 dB at 32 x 32
+
+
+def num_parameters(params: Any) -> int:
+    """The number of values of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 class Perceptual(NamedTuple):
@@ -154,12 +160,29 @@ class AutoencoderTask:
         return norms(state.params[GENERATOR], state.ema_params)
 
     @functools.cached_property
+    def costs(self) -> Costs:
+        """Parameters by part, and multiply-adds of one image: the discriminator's of x and of x_hat."""
+        params, perceptual = self.abstract_state.params, self.perceptual
+        x = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
+        model, generator = self.stage.model, params[GENERATOR]
+        jaxpr = jax.make_jaxpr(lambda params, x: model.apply({"params": params}, x))(generator, x).jaxpr
+        found = count_products(jaxpr, generator).by_module
+        parts = {name: sum(n for module, n in found.items() if module.split("/")[0] == name) for name in generator}
+        parameters = {name: num_parameters(of) for name, of in generator.items()}
+        if self.adversary:
+            judge, discriminator = self.adversary.model, params[DISCRIMINATOR]
+            jaxpr = jax.make_jaxpr(lambda params, x: judge.apply({"params": params}, x))(discriminator, x).jaxpr
+            parts[DISCRIMINATOR] = 2 * count_products(jaxpr, discriminator).by_module.total()
+            parameters[DISCRIMINATOR] = num_parameters(discriminator)
+        if perceptual:
+            jaxpr = jax.make_jaxpr(perceptual.distance)(perceptual.params, x, x).jaxpr
+            parts["perceptual"] = count_products(jaxpr, {}).by_module.total()
+        return Costs(parameters, parts)
+
+    @property
     def multiply_adds(self) -> int:
-        """Of the encoder and the decoder, in one pass of one image."""
-        params = self.abstract_state.params[GENERATOR]
-        images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
-        jaxpr = jax.make_jaxpr(lambda params, x: self.stage.model.apply({"params": params}, x))(params, images).jaxpr
-        return count_products(jaxpr, params).by_module.total()
+        """Of all networks, for one image of a step, forward."""
+        return self.costs.total
 
     # The step
 

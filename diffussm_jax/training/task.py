@@ -11,8 +11,10 @@ class Task(Protocol):
     """What is trained.
 
     A state is a dataclass and a pytree. The loop reads its fields `step` and `skipped_in_a_row`. If it has a field
-    `ema_params`, that must be what `eval_params` returns; the checkpoint then holds it once. A task may have a method
-    `warnings`: (means of a row of metrics) -> texts by name; the loop prints them when their names change.
+    `ema_params`, that must be what `eval_params` returns; the checkpoint then holds it once.
+
+    A task may have two more: a method `warnings`, from the means of a row of metrics to texts by name, which the loop
+    prints when their names change; and `costs`, a `models.Costs`, which `plan` and `main` print.
 
     Attributes:
       mesh: the devices.
