@@ -112,8 +112,8 @@ def finish_run(
     statistics = latent_statistics(mean, square)
     perceptual = None
     if task.perceptual:
-        p = task.perceptual
-        perceptual = (p.name, jax.jit(lambda x, y: p.distance(p.params, x, y)))
+        distance, network = jax.jit(task.perceptual.distance), jax.device_put(task.perceptual.params)
+        perceptual = (task.perceptual.name, lambda x, y: distance(network, x, y))
     scores = reconstruction_scores(images, reconstructions, extractor, perceptual)
     if jax.process_index() == 0:
         model = dataclasses.replace(task.stage.model, scaling_factor=statistics.pop("scaling_factor"))
@@ -131,6 +131,8 @@ def finish_run(
             "scaling_factor": model.scaling_factor,
             "latent_mean": statistics["mean"],
             "latent_std": statistics["std"],
+            "perceptual_sha256": task.perceptual.sha256 if task.perceptual else None,
+            "features_sha256": extractor.sha256 if extractor else None,
         }
         write_whole(out / f"{REPORT}.json", json.dumps(about | {"scores": as_json(scores)}, indent=2))
         words = "\n".join(f"- {key}: {value}" for key, value in about.items())

@@ -7,17 +7,18 @@ from typing import Annotated, Any
 import jax
 import optax
 
+from diffussm_jax.autoencoder import Perceptual, feature_distance, read_lpips
 from diffussm_jax.autoencoder.discriminator import NORMS, PatchDiscriminator, check_size
 from diffussm_jax.autoencoder.first_stage import FirstStage, KLStage
 from diffussm_jax.autoencoder.losses import DISCRIMINATOR_LOSSES
 from diffussm_jax.autoencoder_report import final_report, finish_run, reconstruction_grid
 from diffussm_jax.evaluation.classifier import CLASSIFIERS, layer_features
 from diffussm_jax.evaluation.extractor import DISTANCES, Extractor
-from diffussm_jax.io import cache_folder, path_of
+from diffussm_jax.io import path_of
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range
-from diffussm_jax.parallel.mesh import platform_of, replicated
+from diffussm_jax.parallel.mesh import platform_of
 from diffussm_jax.training.adversary import Adversary
-from diffussm_jax.training.autoencoder_task import DISCRIMINATOR, GENERATOR, AutoencoderTask, Perceptual
+from diffussm_jax.training.autoencoder_task import DISCRIMINATOR, GENERATOR, AutoencoderTask
 from diffussm_jax.training.ema import EMA
 from diffussm_jax.training.hooks import HookFactory
 from diffussm_jax.training.optimizer import adamw
@@ -157,26 +158,23 @@ def check(parts) -> None:
 
 
 def make_perceptual(parts, name: str, vgg_weights: str, lpips_weights: str) -> Perceptual | None:
-    """The perceptual distance of that name, with its parameters on all devices.
+    """The perceptual distance of that name.
 
     Raises:
       FileNotFoundError: its weights, or the data of its classifier, cannot be had.
       ValueError: its weights are damaged or of another network.
     """
-    from diffussm_jax.autoencoder.lpips import feature_distance, read_lpips
-
     if name == NONE:
         return None
     if name == LPIPS_NAME:
-        lpips = read_lpips(vgg_weights, lpips_weights, cache_folder())
-        return Perceptual("LPIPS", jax.device_put(lpips.params, replicated(parts.mesh)), lpips.distance)
+        return read_lpips(vgg_weights, lpips_weights)
     extractor = extractor_of(parts, name)
 
     def distance(params, x, x_hat):
         layers = layer_features(name, params)
         return feature_distance(layers(x), layers(x_hat))
 
-    return Perceptual(f"distance-{name}", jax.device_put(extractor.params, replicated(parts.mesh)), distance)
+    return Perceptual(f"distance-{name}", extractor.params, distance, extractor.sha256)
 
 
 def extractor_of(parts, name: str) -> Extractor | None:

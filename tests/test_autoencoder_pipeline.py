@@ -15,7 +15,7 @@ from diffussm_jax.io import read_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZE, F, NUM_CODES, NUM_IMAGES = 32, 2, 16, 32
-SHORT = {"num_steps": 2, "batch_size": 16, "sample_every": 2, "eval_every": 2, "optimizer.warmup_steps": 0}
+SHORT = {"num_steps": 2, "batch_size": 16, "sample_every": 0, "eval_every": 0, "optimizer.warmup_steps": 0}
 AUTOENCODER = {
     "task.perceptual": "none",
     "task.report_features": "none",
@@ -66,7 +66,6 @@ def run_the_sequence(kind, data, source, split, num_classes, folder):
     data = {"data.path": latents, "data.vae": first, "data.num_classes": num_classes}
     run(main, SHORT | DIFFUSION | data, config=f"{CONFIGS}/cifar10_latent.py", workdir=second)
     run(sample, workdir=second, num_samples=3, out=folder / "samples")
-    assert Image.open(next((second / "samples").glob("*.png"))).size[0] >= SIZE
     return (
         read_json(first / "vae" / "config.json"),
         read_card(latents, "train"),

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# What a patch costs whose logit has this size on the right side.
+# The loss of a patch by its margin: its logit if it is real, minus its logit if it is not.
 DISCRIMINATOR_LOSSES = {
     "hinge": lambda margin: jax.nn.relu(1 - margin),
     "vanilla": lambda margin: jax.nn.softplus(-margin),

@@ -26,7 +26,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from diffussm_jax.autoencoder import from_diffusers, losses
+from diffussm_jax.autoencoder import Perceptual, from_diffusers, losses
 from diffussm_jax.autoencoder.first_stage import FirstStage, check_same_model
 from diffussm_jax.data.transforms import to_unit_range
 from diffussm_jax.layers import conv
@@ -53,20 +53,6 @@ MIN_MSE = 1e-10  # 106 dB: of 8-bit images the least that is not zero is 96 dB a
 def num_parameters(params: Any) -> int:
     """The number of values of a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-class Perceptual(NamedTuple):
-    """A perceptual distance.
-
-    Attributes:
-      name: such as "LPIPS" or "distance-cifar10".
-      params: of its network, on all devices.
-      distance: (params, x, x_hat [B, H, W, C] in [-1, 1]) -> [B].
-    """
-
-    name: str
-    params: Any
-    distance: Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 class AutoencoderState(TrainState):

@@ -1,5 +1,6 @@
 """What the training steps of all tasks share: gradients of a batch in parts, and skipping what is not finite."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,8 +79,12 @@ class WithConstants:
     def __init__(self, jitted: Callable, constants: Any, sharding: jax.sharding.Sharding):
         self._jitted, self._constants, self._sharding = jitted, constants, sharding
 
+    @functools.cached_property
+    def _on_devices(self) -> Any:
+        return jax.device_put(self._constants, self._sharding)
+
     def __call__(self, *args):
-        return self._jitted(*args, self._constants)
+        return self._jitted(*args, self._on_devices)
 
     def lower(self, *args):
         """Lowers the function ahead of time, with the shapes of the arrays."""
