@@ -17,9 +17,9 @@ read from vgg16-397923af.pth of torchvision and vgg.pth of LPIPS 0.1, in the wor
 config.task.vgg_weights and lpips_weights say. For rFID in the report at the end, set
 config.task.report_features=inception (docs/evaluation.md).
 
-Hours are computed, not measured: the convolutions and attention of the autoencoder, the discriminator and LPIPS, at
-40 % of the peak of TF32. Small batches are slower. LDM trained in float32; config.task.autoencoder.dtype=bfloat16 takes
-about half the time.
+Batches and hours are those on ImageNet. Hours are computed, not measured: the convolutions and attention of the
+autoencoder, the discriminator and LPIPS, at 40 % of the peak of TF32. Small batches are slower. LDM trained in float32;
+config.task.autoencoder.dtype=bfloat16 takes about half the time.
 
 Steps, rFID and PSNR are those that the README of CompVis/latent-diffusion prints of models trained on Open Images. The
 settings are those of its configs/autoencoder on ImageNet (KL, 12 images twice on one GPU) and of its

@@ -3,8 +3,8 @@
     python -m diffussm_jax.main --config=configs/cifar10_autoencoder_kl.py --workdir=runs/cifar10_kl \\
       --config.data.path=cifar10.zip
 
-The data is as for configs/cifar10.py. docs/autoencoder.md has a run on two CPU cores with its scores, and what to do with
-the result. The perceptual distance is that of a small classifier, which is trained on the data first: no LPIPS.
+The data is as for configs/cifar10.py. docs/autoencoder.md has a run on two CPU cores with its scores, and what to do
+with the result. The perceptual distance is that of a small classifier, which is trained on the data first: no LPIPS.
 """
 
 from diffussm_jax.config import choose, default_config
