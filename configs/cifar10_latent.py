@@ -4,8 +4,8 @@
     python -m diffussm_jax.main --config=configs/cifar10_latent.py --workdir=runs/cifar10_latent \
         --config.data.path=latents/cifar10 --config.data.vae=VAE
 
-VAE is an autoencoder, such as the work directory of a run of `cifar10_autoencoder.py`. Its downsampling, number of
-channels and scaling factor are those of the data set, which records them. The model is small enough for a CPU, to try
+VAE is an autoencoder, such as the work directory of a run of `cifar10_autoencoder_kl.py`. Its downsampling, number
+of channels and scaling factor are those of the data set, which records them. The model is small enough for a CPU, to try
 the whole latent pipeline.
 """
 

@@ -15,7 +15,7 @@ from diffussm_jax.io import read_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZE, F, NUM_CODES, NUM_IMAGES = 32, 2, 16, 32
-SHORT = {"num_steps": 2, "batch_size": 16, "sample_every": 0, "eval_every": 0, "optimizer.warmup_steps": 0}
+SHORT = {"num_steps": 2, "batch_size": 16, "optimizer.warmup_steps": 0}
 AUTOENCODER = {
     "task.perceptual": "none",
     "task.report_features": "none",
@@ -58,13 +58,18 @@ def photographs(tmp_path):
     return tmp_path / "images.zip"
 
 
-def run_the_sequence(kind, data, source, split, num_classes, folder):
-    """Runs the four programs. Returns the config of the autoencoder, the card, the last run's config, the samples."""
+def run_the_sequence(kind, data, source, split, num_classes, folder, every):
+    """Runs the four programs, with grids and held-out losses `every` so many steps.
+
+    Returns:
+      the config of the autoencoder, the card, `config.data` of the last run, and the samples.
+    """
     first, latents, second = folder / "autoencoder", folder / "latents", folder / "diffussm"
-    run(main, SHORT | AUTOENCODER | data, config=f"{CONFIGS}/cifar10_autoencoder_{kind}.py", workdir=first)
+    often = {"sample_every": every, "eval_every": every}
+    run(main, SHORT | AUTOENCODER | often | data, config=f"{CONFIGS}/cifar10_autoencoder_{kind}.py", workdir=first)
     run(precompute, source=source, source_split=split, image_size=SIZE, vae=first, out=latents)
     data = {"data.path": latents, "data.vae": first, "data.num_classes": num_classes}
-    run(main, SHORT | DIFFUSION | data, config=f"{CONFIGS}/cifar10_latent.py", workdir=second)
+    run(main, SHORT | DIFFUSION | often | data, config=f"{CONFIGS}/cifar10_latent.py", workdir=second)
     run(sample, workdir=second, num_samples=3, out=folder / "samples")
     return (
         read_json(first / "vae" / "config.json"),
@@ -94,7 +99,7 @@ def test_digits_by_a_vector_quantized_autoencoder(tmp_path):
         "data.num_channels": 1,
         "task.autoencoder.num_vq_embeddings": NUM_CODES,
     }
-    autoencoder, card, *found = run_the_sequence("vq", data, "digits", "eval", 10, tmp_path)
+    autoencoder, card, *found = run_the_sequence("vq", data, "digits", "eval", 10, tmp_path, every=0)
     check(autoencoder, card, *found, num_channels=1)
     assert autoencoder["_class_name"] == "VQModel" and card["vae"]["quantizer"] == {"num_codes": NUM_CODES}
 
@@ -102,6 +107,8 @@ def test_digits_by_a_vector_quantized_autoencoder(tmp_path):
 @pytest.mark.slow
 def test_photographs_by_a_kl_autoencoder(photographs, tmp_path):
     data = {"data.path": photographs, "data.num_classes": 2}
-    autoencoder, card, *found = run_the_sequence("kl", data, photographs, "train", 2, tmp_path)
+    autoencoder, card, *found = run_the_sequence("kl", data, photographs, "train", 2, tmp_path, every=2)
     check(autoencoder, card, *found, num_channels=3)
+    for run_folder in ("autoencoder", "diffussm"):
+        assert list((tmp_path / run_folder / "samples").glob("step_00000002_*.png"))
     assert autoencoder["_class_name"] == "AutoencoderKL" and "quantizer" not in card["vae"]
