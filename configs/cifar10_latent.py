@@ -1,11 +1,12 @@
 """DiffuSSM on latents of CIFAR-10, class-conditional: the latent counterpart of `cifar10.py`.
 
-    python -m diffussm_jax.precompute --source=cifar10.zip --image_size=32 --vae=VAE --out=latents/cifar10
+    python -m diffussm_jax.precompute --source=cifar10.zip --source_split=train --image_size=32 --vae=VAE \
+        --out=latents/cifar10
     python -m diffussm_jax.main --config=configs/cifar10_latent.py --workdir=runs/cifar10_latent \
         --config.data.path=latents/cifar10 --config.data.vae=VAE
 
-VAE is an autoencoder, such as the work directory of a run of `cifar10_autoencoder_kl.py`. Its downsampling, number
-of channels and scaling factor are those of the data set, which records them. The model is small enough for a CPU, to try
+VAE is an autoencoder, such as the work directory of a run of `cifar10_autoencoder_kl.py`. Its downsampling, number of
+channels and scaling factor are those of the data set, which records them. The model is small enough for a CPU, to try
 the whole latent pipeline.
 """
 

@@ -10,8 +10,11 @@ Published PyTorch weights of DiT, ADM and latent diffusion become such a folder 
       --config=configs/dit_imagenet256.py:XL/2 --weights=DiT-XL-2-256x256.pt
 
 and --pytorch writes the other way, pytorch.safetensors with the names of the original code.
+
+Of a run that trains an autoencoder it writes the folder vae, in diffusers' format, and the report of reconstructions.
 """
 
+import contextlib
 import json
 
 import safetensors.numpy
@@ -20,12 +23,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffussm_jax import cli
+from diffussm_jax.autoencoder_report import REPORT, VAE, finish_run
 from diffussm_jax.build import Parts
-from diffussm_jax.config import to_plain
+from diffussm_jax.build_autoencoder import extractor_of
+from diffussm_jax.config import best_checkpoint, to_plain
 from diffussm_jax.io import check_same_shapes, check_writable, shapes_by_path, write_whole
 from diffussm_jax.parallel.mesh import make_mesh
-from diffussm_jax.run import Run, load_run
+from diffussm_jax.run import Run, load_run, read_config
 from diffussm_jax.tensor_files import read_tensors
+from diffussm_jax.training.checkpoint import Checkpointer
 from diffussm_jax.training.loop import CONFIG_NAME
 from diffussm_jax.validation import validate
 from diffussm_jax.weights import WEIGHTS, write_weights
@@ -82,6 +88,27 @@ def export(run: Run, out: epath.PathLike, *, source: str = "", has_pytorch: bool
     if has_pytorch:
         write_whole(out / PYTORCH, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     write_weights(out, run.params, run.step)
+    return out
+
+
+def export_autoencoder(workdir: epath.PathLike, checkpoint: str, out: epath.PathLike) -> epath.Path:
+    """Writes OUT/vae and the report of a checkpoint of an autoencoder's run, as the run does at its end.
+
+    Raises:
+      FileExistsError: the folder holds an export.
+      FileNotFoundError: there is no such checkpoint, or the images cannot be had.
+    """
+    out, config = epath.Path(out), read_config(workdir)
+    if (out / VAE).exists():
+        raise FileExistsError(f"{out} holds an autoencoder already; choose another --out")
+    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    validate(config)
+    parts = Parts(config, make_mesh())
+    best = best_checkpoint(config)
+    with contextlib.closing(Checkpointer(workdir, best=best, is_read_only=True)) as checkpointer:
+        step = checkpointer.resolve(checkpoint)
+        params = checkpointer.restore_ema(step, parts.task.abstract_state.ema_params)
+    finish_run(parts, extractor_of(parts, config.task.report_features), parts.task, params, out, step)
     return out
 
 
@@ -180,6 +207,14 @@ def main() -> int:
     if repository is not None and len([part for part in repository.split("/") if part]) != 2:
         raise ValueError(f"--push_to_hub must be USER/NAME, got {repository!r}")
     check_writable(epath.Path(_OUT.value) / WEIGHTS)
+    if not weights and read_config(_WORKDIR.value).task.name == "autoencoder":
+        if _PYTORCH.value or repository or _EMA_SIGMA.value is not None:
+            raise ValueError(
+                "--pytorch, --push_to_hub and --ema_sigma are for diffusion models, not for an autoencoder"
+            )
+        out = export_autoencoder(_WORKDIR.value, _CHECKPOINT.value, _OUT.value)
+        print(f"Wrote {VAE}/, {REPORT}.json and {REPORT}.md to {out}.")
+        return 0
     if weights:
         run = import_pytorch(config, weights)
     else:

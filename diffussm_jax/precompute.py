@@ -4,9 +4,11 @@
         --vae=stabilityai/sd-vae-ft-ema
 
 --vae may be the work directory of a run that trained one. Latents of a `VQModel` are stored before quantization, and
-quantized when they are decoded, as in latent diffusion (arXiv 2112.10752). `data.sources.open_source` lists the sources: a folder, a zip or tar of images, LSUN's LMDB, a TFDS data set. Images are
-centre-cropped as in ADM. `data.latents` describes the output format. To resume after any interruption, repeat the
-command: it makes the missing shards. --verify checks a finished split.
+quantized when they are decoded, as in latent diffusion (arXiv 2112.10752).
+
+`data.sources.open_source` lists the sources: a folder, a zip or tar of images, LSUN's LMDB, a TFDS data set. Images are
+centre-cropped as in ADM, and made gray for an autoencoder of one channel. `data.latents` describes the output format.
+To resume after any interruption, repeat the command: it makes the missing shards. --verify checks a finished split.
 
 Each batch is split over the local devices. With several hosts (TPU pods, SLURM, or --distributed) each host makes its
 share of the shards.

@@ -17,11 +17,12 @@ from sklearn.datasets import load_sample_images
 from tiny import tiny_config
 
 from diffussm_jax import load_run
-from diffussm_jax.autoencoder import to_diffusers
+from diffussm_jax.autoencoder import VQModel, to_diffusers
 from diffussm_jax.build import Parts
 from diffussm_jax.config import load_config
 from diffussm_jax.data.sources import ImageFolder
 from diffussm_jax.data.transforms import to_uint8
+from diffussm_jax.data_config import complete_from_data
 from diffussm_jax.experiment import build_experiment
 from diffussm_jax.precompute import Job, precompute
 from diffussm_jax.training.loop import train
@@ -127,7 +128,7 @@ def check_another_decoder(workdir, small_vae, generated):
 def test_the_codec_of_latents_scales_and_decodes(latents, small_vae, small_vae_folder):
     vae, params = small_vae
     config = _latent_config(latents, small_vae_folder)
-    codec = Parts(config).codec
+    codec = Parts(complete_from_data(config)[0]).codec
     mean = np.random.default_rng(0).normal(size=(3, 2, 8, 8, 4)).astype(np.float16)
     log_std = np.full_like(mean, -12)
     x_0 = codec.encode({"mean": mean, "log_std": log_std}, jax.random.key(0))
@@ -157,6 +158,52 @@ def test_latents_that_do_not_fit_are_refused(latents, small_vae_folder, key, val
     config.data[key] = value
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         build_experiment(config)
+
+
+def test_numbers_are_found_in_the_card(latents, small_vae_folder):
+    config = _latent_config(latents, small_vae_folder)
+    config.data.update(image_size=-1, num_classes=-1, downsampling=-1)
+    data, lines = complete_from_data(config)
+    found = {key: data.data[key] for key in ("image_size", "num_classes", "downsampling", "num_channels")}
+    assert found == {"image_size": SIZE, "num_classes": 2, "downsampling": 2, "num_channels": 4}
+    assert data.data.scaling_factor == 0.18215 and "config.data.scaling_factor = 0.18215" in lines
+    config.data.eval_split = "auto"
+    with pytest.raises(ValueError, match="config.data.eval_split = 'auto' is for images; name a split of "):
+        complete_from_data(config)
+
+
+@pytest.fixture(scope="module")
+def latents_of_codes(latents, tmp_path_factory):
+    """`latents` with a card that names a quantizer of 16 codes."""
+    folder = tmp_path_factory.mktemp("latents_of_codes") / "latents"
+    shutil.copytree(latents, folder)
+    for path in folder.glob("card-*.json"):
+        card = json.loads(path.read_text())
+        card["vae"]["quantizer"] = {"num_codes": 16}
+        path.write_text(json.dumps(card))
+    return folder
+
+
+def _vq_folder(folder, num_codes, channels=(8, 8)):
+    sizes = {"layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4, "scaling_factor": 0.18215}
+    model = VQModel(block_out_channels=channels, num_vq_embeddings=num_codes, **sizes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))["params"]
+    to_diffusers(model, jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), folder)
+    return folder
+
+
+def test_an_autoencoder_of_another_kind_is_refused(latents, latents_of_codes, small_vae_folder, tmp_path):
+    vq = {num_codes: _vq_folder(tmp_path / str(num_codes), num_codes) for num_codes in (16, 24)}
+    for path, vae, message in (
+        (latents_of_codes, small_vae_folder, "is an AutoencoderKL, but the latents were made by a VQModel of 16 codes"),
+        (latents_of_codes, vq[24], "is a VQModel of 24 codes, but the latents were made by a VQModel of 16 codes"),
+        (latents, vq[16], "is a VQModel of 16 codes, but the latents were made by an AutoencoderKL"),
+        (latents_of_codes, vq[16], "does not have the encoder that made the latents"),
+        (latents_of_codes, _vq_folder(tmp_path / "f4", 16, (8, 8, 8)), "config.data.downsampling = 2, it has 4"),
+    ):
+        config, _ = complete_from_data(_latent_config(path, vae))
+        with pytest.raises(ValueError, match=message):
+            Parts(config).codec  # noqa: B018 - it is made when it is asked for
 
 
 def test_latents_are_compared_with_their_checksums_at_the_start(latents, small_vae_folder, tmp_path):

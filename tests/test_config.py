@@ -65,6 +65,7 @@ def test_every_config_is_valid_and_tells_its_command(path):
     config = load_config(str(path))
     if left_to_data(config):
         config.data.update(num_classes=10, image_size=64, num_channels=3, split="", eval_split="")
+        config.data.update(downsampling=1, scaling_factor=1.0)
     validate(config)
     assert flatten(config).keys() == known_options(config).keys() | {"hooks"}
     assert f"--config=configs/{path.name}" in path.read_text().split('"""')[1]

@@ -9,13 +9,13 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from programs import run_program
 
 from diffussm_jax import export, main, precompute, precompute_job, sample
+from diffussm_jax.autoencoder import AutoencoderKL
 from diffussm_jax.bench import __main__ as bench
 from diffussm_jax.compare import __main__ as compare
 from diffussm_jax.config import default_config, from_plain, override, to_plain
@@ -125,14 +125,13 @@ def without_work(monkeypatch, tmp_path):
     for program, name in (
         (main, "train"),
         (sample, "load_run"),
-        (export, "load_run"),
+        (export, "read_config"),
         (bench, "print_rows"),
         (compare, "_run"),
     ):
         monkeypatch.setattr(program, name, stop)
     monkeypatch.setattr(main, "build_experiment", lambda config: None)
-    vae = SimpleNamespace(downsampling=8, latent_channels=4, scaling_factor=1.0, dtype=np.float32)
-    monkeypatch.setattr(precompute, "from_diffusers", lambda *args, **kwargs: (vae, {}))
+    monkeypatch.setattr(precompute, "from_diffusers", lambda *args, **kwargs: (AutoencoderKL(), {}))
     monkeypatch.setattr(precompute_job, "make_encoder", encode_nothing)
 
 

@@ -23,6 +23,7 @@ from programs import run_program
 
 from diffussm_jax import precompute as command_line
 from diffussm_jax import precompute_job as program
+from diffussm_jax.autoencoder import AutoencoderKL, VQModel, init_params
 from diffussm_jax.data.latents import Latents, read_card, verify
 from diffussm_jax.data.sources import Digits, open_source
 from diffussm_jax.io import folder_lock
@@ -96,6 +97,40 @@ def test_gray_images_are_encoded_as_rgb(small_vae, tmp_path):
     x = job.source[3].image.astype(np.float32).repeat(3, -1) / 127.5 - 1
     mean, _ = _encoder(*small_vae)(x[None])
     np.testing.assert_allclose(Latents(tmp_path, "eval")[3]["mean"][0], mean[0], rtol=2e-3, atol=2e-3)
+
+
+def test_an_autoencoder_of_gray_images_gets_them_gray(images, tmp_path):
+    """From a source in colour; by a vector-quantized one, whose latents are stored before quantization."""
+    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    model = VQModel(in_channels=1, out_channels=1, latent_channels=2, num_vq_embeddings=16, **sizes)
+    params = init_params(model, seed=0)
+    job = _job((model, params), images, tmp_path)
+    card = precompute(job)
+    assert card["vae"]["quantizer"] == {"num_codes": 16} and card["latent_shape"] == [SIZE // 2, SIZE // 2, 2]
+    data, number = Latents(tmp_path, "train"), 57  # 16 x 16 as it is
+    image = job.source[number].image
+    assert image.shape == (SIZE, SIZE, 3)
+    luma = np.round(image @ np.array([0.299, 0.587, 0.114]))[None, ..., None]
+    latents, log_std = _encoder(model, params)((luma / 127.5 - 1).astype(np.float32))
+    np.testing.assert_allclose(data[number]["mean"][0], latents[0], rtol=2e-3, atol=2e-3)
+    assert (data[number]["log_std"] == -15).all() and (log_std == -15).all()
+    other = dataclasses.replace(job, vae=dataclasses.replace(model, num_vq_embeddings=24))
+    with pytest.raises(ValueError, match="vae.quantizer: was {'num_codes': 16}, is {'num_codes': 24}"):
+        precompute(other)
+    picture = draw_reconstructions(job)
+    assert picture.shape[-1] == 1 and picture.min() < picture.max()
+
+
+def test_an_autoencoder_of_other_channels_is_refused(images, tmp_path):
+    for channels in ((4, 4), (3, 1)):
+        model = AutoencoderKL(in_channels=channels[0], out_channels=channels[1])
+        with pytest.raises(ValueError, match="small takes {} channels and returns {}; images have 1".format(*channels)):
+            precompute(_job((model, {}), images, tmp_path))
+
+
+def test_the_card_of_a_kl_autoencoder_names_no_quantizer(finished):
+    names = ["name", "sha256", "encoder_sha256", "scaling_factor", "dtype"]
+    assert list(read_card(finished, "train")["vae"]) == names
 
 
 def test_a_finished_split_is_left_alone_or_refused(small_vae, images, finished):

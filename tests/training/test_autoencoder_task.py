@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from programs import run_program
 from runs import QUIET, run
 from tiny import tiny_autoencoder_config
 
-from diffussm_jax.autoencoder import from_diffusers
+from diffussm_jax import export
+from diffussm_jax.autoencoder import from_diffusers, to_diffusers
 from diffussm_jax.build import Parts
 from diffussm_jax.config import choose, override
 from diffussm_jax.experiment import build_experiment
@@ -203,7 +205,12 @@ def test_a_run_resumes_exactly_and_leaves_an_autoencoder_and_a_report(tmp_path):
     assert written["_latents_std"] == report["latent_std"]
     with Image.open(whole / "samples" / "step_00000012_reconstructions.png") as picture:
         assert picture.width >= 512
-    # Its decoder alone, from there.
+    # Of the checkpoint before the last; then its decoder alone, from the end.
+    code, _ = run_program(
+        export.main, f"--workdir={whole}", "--checkpoint=8", f"--out={tmp_path / 'out'}", flag_values=export._FLAGS
+    )
+    assert code == 0 and json.loads((tmp_path / "out" / "reconstruction.json").read_text())["step"] == 8
+    assert from_diffusers(tmp_path / "out")[0].num_vq_embeddings == 16
     tuned = override(config(2), {"init_from": str(whole), "task.trains_encoder": False, "optimizer.warmup_steps": 0})
     assert train(build_experiment(tuned), tmp_path / "tuned") is None
     _, after = from_diffusers(tmp_path / "tuned")
@@ -224,8 +231,6 @@ def test_a_run_resumes_exactly_and_leaves_an_autoencoder_and_a_report(tmp_path):
 )
 def test_another_autoencoder_to_start_from_is_refused(kind, changes, message, tmp_path):
     task = make_task("vq")
-    from diffussm_jax.autoencoder import to_diffusers
-
     to_diffusers(task.stage.model, jax.jit(task.init_params)()[GENERATOR], tmp_path / "vae")
     config = override(tiny_autoencoder_config(kind), changes | {"init_from": str(tmp_path)})
     with pytest.raises(ValueError, match=message):
