@@ -50,7 +50,8 @@ _ADM = {
 # ADM's for ImageNet of 64, 256 and 512 pixels, as released, and LDM-4's (cin256-v2) for ImageNet of 256 pixels.
 UNET_SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "ADM-64": _ADM | {"width": 192, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3, "qkv_order": "new"},
+        "ADM-64": _ADM
+        | {"width": 192, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3, "qkv_order": "new", "dropout": 0.1},
         "ADM-256": _ADM
         | {"width": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "qkv_order": "legacy"},
         "ADM-512": _ADM
@@ -155,6 +156,7 @@ class UNet(Backbone):
       use_scale_shift_norm: the condition scales and shifts after the second norm of a residual block; else it is added
         before that norm.
       resblock_updown: changes the resolution inside of residual blocks (BigGAN's); else by convolutions.
+      dropout: rate of dropout before the last convolution of each residual block, in training.
       norm_num_groups: of the GroupNorms; where it does not divide the channels, the greatest common divisor.
       attention: how attention is computed (`layers.attend`).
       remat: activations saved for the backward pass: "none" saves all, "block" the input of each residual block and
@@ -174,6 +176,7 @@ class UNet(Backbone):
     transformer_depth: Annotated[int, Range(1, 100)] = 1
     use_scale_shift_norm: bool = True
     resblock_updown: bool = False
+    dropout: Annotated[float, Range(0, 1)] = 0.0
     norm_num_groups: Annotated[int, Range(1)] = 32
     attention: Annotated[str, Choices(ATTENTION), CHANGEABLE_ON_RESUME] = "auto"
     remat: Annotated[str, Choices(("none", "block")), CHANGEABLE_ON_RESUME] = "none"
@@ -246,7 +249,8 @@ class UNet(Backbone):
           x_t: [B, H, W, C] float.
           t: [B], the time as the model was trained on it.
           condition: a dict of arrays, labels [B] alone, or None for an unconditional model.
-          train: has no effect; conditions are dropped before (`Backbone.drop`), and there is no other dropout.
+          train: has no effect; conditions are dropped before (`Backbone.drop`), and `dropout` acts where `apply` has
+            random numbers, `rngs={"dropout": key}`.
 
         Raises:
           ValueError: as `check`; or conditions are missing or unknown.
@@ -301,7 +305,8 @@ class UNet(Backbone):
             **shared,
         }
         kept = nn.remat if self.remat == "block" else lambda module: module
-        residual = functools.partial(kept(ResidualBlock), use_scale_shift_norm=self.use_scale_shift_norm, **shared)
+        of_residual = {"use_scale_shift_norm": self.use_scale_shift_norm, "dropout": self.dropout}
+        residual = functools.partial(kept(ResidualBlock), **of_residual, **shared)
         if has_tokens:
             depth = self.transformer_depth
             return residual, functools.partial(kept(SpatialTransformer), depth=depth, **of_attention)

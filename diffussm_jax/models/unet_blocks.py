@@ -92,6 +92,7 @@ class ResidualBlock(nn.Module):
       norm_num_groups: see `UNet`.
       use_scale_shift_norm: c scales and shifts after the second norm, else it is added before.
       resample: changes the resolution between the first norm and the first convolution, and on the shortcut; or None.
+      dropout: rate of dropout before the last convolution, where there are random numbers for it ("dropout").
       dtype: of the convolutions and the residual stream.
     """
 
@@ -100,6 +101,7 @@ class ResidualBlock(nn.Module):
     use_scale_shift_norm: bool
     dtype: jnp.dtype
     resample: Callable[[jax.Array], jax.Array] | None = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
@@ -115,7 +117,8 @@ class ResidualBlock(nn.Module):
             h = norm(self.norm_num_groups, h, "norm2") * (1 + scale) + shift
         else:
             h = norm(self.norm_num_groups, h + modulation, "norm2")
-        h = conv3(self.features, self.dtype, "conv2", kernel_init=nn.initializers.zeros)(nn.silu(h))
+        h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(nn.silu(h))
+        h = conv3(self.features, self.dtype, "conv2", kernel_init=nn.initializers.zeros)(h)
         if x.shape[-1] != self.features:
             B, H, W, C = x.shape
             shortcut = linear(C, self.features, self.dtype, "shortcut")

@@ -25,6 +25,7 @@ Batch = dict[str, jax.Array]
 # Sets the noise of evaluation apart. It is also the key of step 24,301; another salt would change the held-out loss of
 # runs that resume.
 _EVAL_SALT = 0x5EED
+_DROPOUT_SALT = 0xD409
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,18 +105,21 @@ class DiffusionTask:
         return self.model.costs(self.input_shape).total
 
     def _draw(self, batch: Batch, key: jax.Array, *, train: bool):
-        """What is drawn for a whole batch: x_0, times, noise, and the condition, in training with some rows dropped."""
+        """What is drawn for a whole batch: x_0, times, noise; the condition, in training with some rows dropped; and
+        numbers [B], the first of which seeds the dropout inside of the model, in each microbatch another one."""
         t_key, noise_key, encode_key, drop_key = jax.random.split(key, 4)
         drawn = self.objective.draw(t_key, noise_key, self.encode(batch, encode_key))
         condition = {name: batch[name] for name in self.model.conditioners}
-        return drawn, self.model.drop(condition, drop_key) if train else condition
+        seeds = jax.random.bits(jax.random.fold_in(key, _DROPOUT_SALT), drawn.x_0.shape[:1])
+        return drawn, self.model.drop(condition, drop_key) if train else condition, seeds
 
-    def _losses(self, params, drawn_and_condition, *, train: bool) -> Losses:
+    def _losses(self, params, draws, *, train: bool) -> Losses:
         """The losses [B] of each example."""
-        drawn, condition = drawn_and_condition
+        drawn, condition, seeds = draws
+        rngs = {"dropout": jax.random.key(seeds[0])} if train else None
 
         def apply(x_t, t):
-            return self.model.apply({"params": params}, x_t, t, condition, train=train)
+            return self.model.apply({"params": params}, x_t, t, condition, train=train, rngs=rngs)
 
         return self.objective.losses(apply, drawn)
 

@@ -236,10 +236,28 @@ def test_data_and_fsdp_meshes_communicate_parameters_and_gradients_only():
     assert sum(kernels) <= sum(by_kind["all-reduce"]) <= 1.25 * sum(kernels)
 
 
+def test_dropout_acts_where_there_are_random_numbers():
+    model = small(dropout=0.5, remat="block")
+    params, rng = random_params(model), np.random.default_rng(1)
+    arguments = rng.normal(size=(2, *SHAPE)).astype(np.float32), np.arange(2), np.arange(2)
+
+    @jax.jit
+    def outputs(params):
+        keys = [jax.random.key(seed) for seed in (0, 0, 1)]
+        random = [model.apply({"params": params}, *arguments, rngs={"dropout": key}) for key in keys]
+        return model.apply({"params": params}, *arguments), small().apply({"params": params}, *arguments), *random
+
+    plain, without, one, again, other = outputs(params)
+    np.testing.assert_allclose(plain, without, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(one, again)
+    assert min(relative_error(a, b) for a, b in ((one, plain), (other, plain), (one, other))) > 0.05
+
+
 def test_a_training_step_and_samples():
     config = tiny_config()
     choose(config, "model.name", "unet")
     config.model.update(channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(), norm_num_groups=4)
+    config.model.dropout = 0.1
     parts = Parts(config)
     task = parts.task
     state = task.create_state()
