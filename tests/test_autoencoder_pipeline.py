@@ -92,6 +92,7 @@ def check(autoencoder, card, data, images, num_channels):
     assert card["vae"]["scaling_factor"] == scale
 
 
+@pytest.mark.slow
 def test_digits_by_a_vector_quantized_autoencoder(tmp_path):
     data = {
         "data.source": "digits",

@@ -101,7 +101,12 @@ def test_a_step_is_three_forward_passes_and_what_is_recomputed(remat):
 
 
 @pytest.mark.parametrize(
-    "bidirectional,scan", [pytest.param(True, "raster", marks=pytest.mark.slow), (False, "raster"), (True, "2d")]
+    "bidirectional,scan",
+    [
+        pytest.param(True, "raster", marks=pytest.mark.slow),
+        pytest.param(False, "raster", marks=pytest.mark.slow),
+        (True, "2d"),
+    ],
 )
 def test_matrix_products_of_the_chunked_ssm_are_counted_exactly(bidirectional, scan):
     config = small_config("chunked", bidirectional=bidirectional, scan=scan)

@@ -350,6 +350,7 @@ def test_ddpm_with_either_bound_misses_the_targets_deviation(fraction, sign):
     assert sign * (x_0.std() - DEVIATION) > 4 * STANDARD_ERRORS * DEVIATION / np.sqrt(2 * x_0.size)
 
 
+@pytest.mark.slow
 def test_stochastic_ddim_reproduces_the_target():
     times = FULL.times(250)
     steps = steps_of(FULL, times)

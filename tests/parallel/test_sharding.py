@@ -40,8 +40,14 @@ for ssm, *mesh in json.loads(sys.argv[1]):
 print(json.dumps(texts))
 """
 # SSM, data, fsdp, tensor
-QUICK_CASES = [("raster fft", 1, 8, 1), ("raster chunked", 2, 1, 4), ("2d fft", 2, 2, 2)]
-LONG_CASES = [("raster fft", 8, 1, 1), ("raster chunked", 2, 4, 1), ("raster fft", 1, 1, 8), ("zigzag fft", 2, 2, 2)]
+QUICK_CASES = [("raster fft", 1, 8, 1), ("2d fft", 2, 2, 2)]
+LONG_CASES = [
+    ("raster fft", 8, 1, 1),
+    ("raster chunked", 2, 1, 4),
+    ("raster chunked", 2, 4, 1),
+    ("raster fft", 1, 1, 8),
+    ("zigzag fft", 2, 2, 2),
+]
 
 
 def cases(condition):

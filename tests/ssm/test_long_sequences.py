@@ -36,9 +36,10 @@ def function(method, discretization):
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [
-        *((method, "float32") for method in METHODS),
+        *((method, "float32") for method in METHODS[:2]),
+        pytest.param("recurrent", "float32", marks=pytest.mark.slow),
         *(pytest.param(method, "float32", marks=pytest.mark.slow) for method in KERNELS),
-        ("chunked", "bfloat16"),
+        pytest.param("chunked", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_initial_parameters(method, dtype, discretization):

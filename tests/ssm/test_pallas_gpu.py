@@ -37,12 +37,12 @@ PARAMETERS = {"float32": 3e-6, "bfloat16": 5e-5}
 # phases are interleaved before the kernel.
 CASES = [
     (FORWARD, 1, 3, 7, 3, "inv", "zoh", "float32"),
-    (BACKWARD, 2, 3, 100, 2, "legs", "bilinear", "float32"),
-    (BOTH, 2, 20, 150, 2, "legs", "zoh", "float32"),
+    pytest.param(BACKWARD, 2, 3, 100, 2, "legs", "bilinear", "float32", marks=pytest.mark.slow),
+    pytest.param(BOTH, 2, 20, 150, 2, "legs", "zoh", "float32", marks=pytest.mark.slow),
     ((True, False), 4, 2, 300, 2, "lin", "bilinear", "float32"),
     (BOTH, 2, 20, 200, 2, "inv", "zoh", "bfloat16"),
-    (BOTH, 1, 3, 300, 2, "legs", "bilinear", "bfloat16"),
-    (BOTH, 4, 3, 300, 2, "lin", "zoh", "bfloat16"),
+    pytest.param(BOTH, 1, 3, 300, 2, "legs", "bilinear", "bfloat16", marks=pytest.mark.slow),
+    pytest.param(BOTH, 4, 3, 300, 2, "lin", "zoh", "bfloat16", marks=pytest.mark.slow),
     (BACKWARD, 3, 3, 90, 2, "lin", "zoh", "float32"),
 ]
 

@@ -66,7 +66,11 @@ def uninterrupted(experiment, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("signum,stop_at", [(signal.SIGINT, 5), (signal.SIGTERM, 8)], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "signum,stop_at",
+    [(signal.SIGINT, 5), pytest.param(signal.SIGTERM, 8, marks=pytest.mark.slow)],
+    ids=["ctrl-c", "sigterm"],
+)
 def test_a_stopped_run_resumes_exactly(signum, stop_at, experiment, uninterrupted, tiny_run, tmp_path, monkeypatch):
     iterate = experiment.train_loader.iterate
 
