@@ -184,7 +184,10 @@ class DiffuSSM(Backbone):
         x = x_t
         for key, conditioning in self.embed(condition, D, dtype).items():
             if conditioning.tokens is not None:
-                raise ValueError(f"DiffuSSM has no attention, and cannot use the tokens of the condition {key!r}")
+                raise ValueError(
+                    f"DiffuSSM has no attention, and cannot use the tokens of the condition {key!r} (a label has none "
+                    "with token_width = 0)"
+                )
             if conditioning.vector is not None:
                 c = c + conditioning.vector
             if conditioning.channels is not None:

@@ -18,19 +18,27 @@ from diffussm_jax.parallel.mesh import make_mesh
 from diffussm_jax.run import read_config
 from diffussm_jax.training.checkpoint import Checkpointer
 
-NUM_KILLS, NUM_STEPS = int(os.environ.get("DIFFUSSM_KILLS", "5")), 300
-FLAGS = (*DIGITS, *QUIET, f"--config.num_steps={NUM_STEPS}", "--config.checkpoint_every=3")
+NUM_KILLS = int(os.environ.get("DIFFUSSM_KILLS", "5"))
+SAVES = (*QUIET, "--config.checkpoint_every=3")
+AUTOENCODER = ("--config=configs/digits_autoencoder.py", "--config.task.autoencoder.block_out_channels=(8,8)")
+AUTOENCODER += ("--config.task.disc_start=10", "--config.task.disc_warmup=10", "--config.batch_size=8")
+AUTOENCODER += ("--config.task.perceptual=none", "--config.task.report_features=none")
+# Flags, steps, kills.
+RUNS = {
+    "diffusion": ((*DIGITS, *SAVES, "--config.num_steps=300"), 300, NUM_KILLS),
+    "autoencoder": ((*AUTOENCODER, *SAVES, "--config.num_steps=60"), 60, 2),
+}
 
 
-def final_state(workdir):
+def final_state(workdir, num_steps):
     task = Parts(read_config(workdir), make_mesh(1)).task
     with contextlib.closing(Checkpointer(workdir, is_read_only=True)) as checkpointer:
-        return jax.device_get(checkpointer.restore(NUM_STEPS, task.abstract_state))
+        return jax.device_get(checkpointer.restore(num_steps, task.abstract_state))
 
 
-def kill_during(workdir, rng, in_save):
+def kill_during(workdir, flags, rng, in_save):
     """Starts the run, and kills it some steps later: at any moment, or while a checkpoint is being written."""
-    (process,) = start(workdir, *FLAGS)
+    (process,) = start(workdir, *flags)
     checkpoints, done = workdir / "run" / "checkpoints", len(losses(workdir))
     wanted = done + rng.randrange(1, 12)
     while process.poll() is None and len(losses(workdir)) < wanted:
@@ -47,20 +55,21 @@ def kill_during(workdir, rng, in_save):
 
 
 @pytest.mark.slow
-def test_kills_change_no_bit(tmp_path):
-    expected = run(tmp_path / "whole", *FLAGS)
+@pytest.mark.parametrize("flags,num_steps,num_kills", RUNS.values(), ids=RUNS)
+def test_kills_change_no_bit(flags, num_steps, num_kills, tmp_path):
+    expected = run(tmp_path / "whole", *flags)
     rng = random.Random(0)
     num_half_saved = 0
-    for k in range(NUM_KILLS):
-        num_half_saved += kill_during(tmp_path / "killed", rng, in_save=k % 2 == 0)
+    for k in range(num_kills):
+        num_half_saved += kill_during(tmp_path / "killed", flags, rng, in_save=k % 2 == 0)
         if k == 3:  # before the first step of a run, too
-            (process,) = start(tmp_path / "killed", *FLAGS)
+            (process,) = start(tmp_path / "killed", *flags)
             time.sleep(rng.random() * 3)
             process.kill()
             process.wait()
-    assert num_half_saved >= NUM_KILLS // 4
-    found = run(tmp_path / "killed", *FLAGS)
+    assert num_half_saved >= num_kills // 4
+    found = run(tmp_path / "killed", *flags)
     np.testing.assert_array_equal(found, expected)
-    a, b = final_state(tmp_path / "whole" / "run"), final_state(tmp_path / "killed" / "run")
+    a, b = (final_state(tmp_path / name / "run", num_steps) for name in ("whole", "killed"))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
