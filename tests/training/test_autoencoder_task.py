@@ -320,14 +320,12 @@ def test_what_is_wrong_with_the_adversarial_training_is_said():
 
 @pytest.mark.slow
 def test_eight_devices_train_as_one(tmp_path):
+    """At a small learning rate: Adam's first steps, which are as large for small gradients, magnify rounding."""
+    task = ("perceptual=none", "report_features=none", "disc_start=2", "disc_warmup=2", "disc_layers=1")
     flags = (
-        *("--config=configs/digits_autoencoder.py", *QUIET, "--config.num_steps=20", "--config.batch_size=16"),
-        *(
-            "--config.task.autoencoder.block_out_channels=(8,16)",
-            "--config.task.disc_start=5",
-            "--config.task.disc_warmup=5",
-        ),
-        *("--config.task.perceptual=none", "--config.task.report_features=none"),
+        *("--config=configs/digits_autoencoder.py", *QUIET, "--config.num_steps=12", "--config.batch_size=16"),
+        *("--config.optimizer.learning_rate=1e-4", "--config.task.autoencoder.block_out_channels=(8,16)"),
+        *(f"--config.task.{value}" for value in task),
     )
     expected = run(tmp_path / "one", *flags)
     found = run(tmp_path / "mesh", *flags, "--config.mesh.data=4", "--config.mesh.fsdp=2", num_devices=8)

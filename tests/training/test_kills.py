@@ -26,7 +26,7 @@ AUTOENCODER += ("--config.task.perceptual=none", "--config.task.report_features=
 # Flags, steps, kills.
 RUNS = {
     "diffusion": ((*DIGITS, *SAVES, "--config.num_steps=300"), 300, NUM_KILLS),
-    "autoencoder": ((*AUTOENCODER, *SAVES, "--config.num_steps=60"), 60, 2),
+    "autoencoder": ((*AUTOENCODER, *SAVES, "--config.num_steps=40"), 40, 1),
 }
 
 
