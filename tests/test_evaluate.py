@@ -183,6 +183,7 @@ def test_two_processes_give_the_scores_of_one(tiny_run, tmp_path):
 # Sweeps and comparisons
 
 
+@pytest.mark.slow
 def test_a_sweep_names_the_best_and_draws_it(tiny_run, tmp_path):
     printed = run(
         f"--workdir={tiny_run}", f"--out={tmp_path}", *QUICK, "--sweep=steps:3,1", "--sweep=guidance_scale:1.5"

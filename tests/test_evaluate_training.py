@@ -39,6 +39,7 @@ def scored_config():
     return config
 
 
+@pytest.mark.slow
 def test_scores_are_logged_and_choose_the_best_checkpoint(tmp_path):
     config = scored_config()
     assert train(build_experiment(config), tmp_path) is None

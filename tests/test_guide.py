@@ -54,6 +54,7 @@ def test_options_reach_the_sampler(tiny_run):
     assert images.shape == (3, 8, 8, 1) and (images != load_run(tiny_run).sample(3)[0]).any()
 
 
+@pytest.mark.slow
 def test_a_threshold_takes_the_place_of_clipping(run):
     """Far enough above the data, clipping leaves only -1 and 1, and thresholding what is between."""
     clipped, _ = guided(run, guidance_scale=40.0)

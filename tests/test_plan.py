@@ -123,6 +123,7 @@ def test_ffts_are_counted():
     assert costs(small_config("recurrent"), "cpu").mixer is None
 
 
+@pytest.mark.slow
 def test_the_count_agrees_with_xla_on_an_unrolled_model():
     config = small_config(width=256, scan_unroll=2, state_size=2)
     forward, gradient, params = forward_and_gradient(config)

@@ -216,7 +216,7 @@ def test_the_last_convolutions_input_can_be_had():
     assert len(jax.make_jaxpr(lambda x: SMALL.apply(variables, x))(x).out_avals) == 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_gradients_reach_every_parameter(dtype):
     sizes = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_levels": (1,)}
     model = AutoencoderKL(**sizes, dtype=jnp.dtype(dtype))

@@ -14,6 +14,7 @@ from diffussm_jax.ssm import apply
 SHAPE = (2, 70, 3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "num_phases"), [pytest.param("float32", 1, marks=pytest.mark.slow), ("bfloat16", 2)])
 def test_methods_pass_or_say_why_they_do_not_run(dtype, num_phases):
     methods = ["associative", "fft", "chunked", "pallas"]
@@ -45,6 +46,7 @@ def test_bad_requests_are_named():
         bench_errors(SHAPE, ["fft"], dtype="float32", num_phases=3)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     command = [sys.executable, "-m", "diffussm_jax.bench", "errors", "--shapes=2x9x3x4", "--methods=fft"]
     command += ["--dtype=float32", f"--csv={tmp_path / 'errors.csv'}"]

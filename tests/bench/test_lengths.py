@@ -62,6 +62,7 @@ def test_models_by_name_and_length():
             length_config(text, length)
 
 
+@pytest.mark.slow
 def test_times_are_of_all_blocks_and_one_image(monkeypatch):
     """With a second for each program; and what does not fit in memory is left out."""
     monkeypatch.setattr(lengths, "median_seconds", lambda programs, repeats: dict.fromkeys(programs, 1.0))

@@ -20,6 +20,7 @@ from diffussm_jax.models.mixers import S4D, mix_phases
 from diffussm_jax.plan import DoesNotFitError
 
 
+@pytest.mark.slow
 def test_a_step():
     config = tiny_config()
     figures = bench_step(config, repeats=1)
@@ -64,6 +65,7 @@ def test_without_means_that_no_ssm_is_computed():
     assert has.count("dot_general") > has_not.count("dot_general") == 7  # the linear layers are all there
 
 
+@pytest.mark.slow
 def test_sampling():
     config = tiny_config()
     figures = bench_sample(config, repeats=1)

@@ -113,6 +113,7 @@ def test_costs_are_those_of_the_fft(mixer):
     assert one.costs(64, 3, "bfloat16", 8) == ("fft", 3 * multiply_adds("fft", "gpu", 64, 4, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["s4", pytest.param("lssl", marks=pytest.mark.slow)])
 def test_a_model_trains(name):
     config = tiny_config()
