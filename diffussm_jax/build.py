@@ -33,9 +33,11 @@ class Parts(DataParts):
 
     Attributes:
       platform: that the model is compiled for; if None, that of `given_mesh`, or JAX's default backend.
+      is_abstract: whether programs are compiled and never run; then weights that are not trained are shapes only.
     """
 
     platform: str | None = None
+    is_abstract: bool = False
 
     @property
     def condition_groups(self) -> dict[str, ConfigDict]:

@@ -11,8 +11,9 @@ from diffussm_jax.autoencoder import Perceptual, feature_distance, read_lpips
 from diffussm_jax.autoencoder.discriminator import NORMS, PatchDiscriminator, check_size
 from diffussm_jax.autoencoder.first_stage import FirstStage, KLStage
 from diffussm_jax.autoencoder.losses import DISCRIMINATOR_LOSSES
+from diffussm_jax.autoencoder.lpips import lpips_distance, param_shapes
 from diffussm_jax.autoencoder_report import final_report, finish_run, reconstruction_grid
-from diffussm_jax.evaluation.classifier import CLASSIFIERS, layer_features
+from diffussm_jax.evaluation.classifier import CLASSIFIERS, classifier_shapes, layer_features
 from diffussm_jax.evaluation.extractor import DISTANCES, Extractor
 from diffussm_jax.io import path_of
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range
@@ -167,13 +168,17 @@ def make_perceptual(parts, name: str, vgg_weights: str, lpips_weights: str) -> P
     if name == NONE:
         return None
     if name == LPIPS_NAME:
+        if parts.is_abstract:
+            return Perceptual("LPIPS", param_shapes(), lpips_distance, sha256="")
         return read_lpips(vgg_weights, lpips_weights)
-    extractor = extractor_of(parts, name)
 
     def distance(params, x, x_hat):
         layers = layer_features(name, params)
         return feature_distance(layers(x), layers(x_hat))
 
+    if parts.is_abstract:
+        return Perceptual(f"distance-{name}", classifier_shapes(name), distance, sha256="")
+    extractor = extractor_of(parts, name)
     return Perceptual(f"distance-{name}", extractor.params, distance, extractor.sha256)
 
 

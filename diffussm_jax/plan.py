@@ -142,7 +142,7 @@ def make_plan(config: ConfigDict, machine: Machine, *, has_full_effort: bool = F
     """
     validate(config, machine.num_devices)
     mesh = make_mesh(**config.mesh.to_dict(), devices=compile_only_devices(machine))
-    parts = Parts(config, mesh, has_decoder=False)
+    parts = Parts(config, mesh, has_decoder=False, is_abstract=True)
     task, available = parts.task, machine.chip.memory_bytes
     if parts.trains_model:
         costs = parts.model.costs(parts.input_shape, per_device_microbatch(config, mesh.shape))

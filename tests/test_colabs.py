@@ -85,3 +85,28 @@ def test_precompute_and_sample_goes_from_photographs_to_a_decoded_grid(tmp_path,
     assert sum("image/png" in output.get("data", {}) for output in shown) == 2  # the reconstructions and the samples
     with np.load(tmp_path / "run" / "samples" / "notebook.npz") as samples:
         assert samples["arr_0"].shape == (40, 16, 16, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_autoencoder_goes_from_digits_to_samples_of_latents(tmp_path):
+    notebook = nbformat.read(COLABS / "autoencoder.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "install" not in tags(cell)]
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in tags(cell)]
+    every = {"log_every": 1, "eval_every": 2, "sample_every": 2, "checkpoint_every": 2, "num_steps": 4}
+    values = {
+        "autoencoder_dir": str(tmp_path / "autoencoder"),
+        "latents": str(tmp_path / "latents"),
+        "workdir": str(tmp_path / "run"),
+        "autoencoder_overrides": every
+        | {"task.autoencoder.block_out_channels": (8, 8, 8), "task.disc_start": 2, "task.disc_warmup": 1}
+        | {"task.perceptual": "none", "task.report_features": "none"},
+        "overrides": every | {"eval_every": 0, "data.eval_split": "", "model.width": 16, "model.depth": 1},
+    }
+    parameters.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(COLABS)}}).execute()
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 3  # the curves, reconstructions, samples
+    assert any("PSNR" in output.get("data", {}).get("text/markdown", "") for output in shown)
+    with np.load(tmp_path / "run" / "samples" / "notebook.npz") as samples:
+        assert samples["arr_0"].shape == (60, 32, 32, 1)

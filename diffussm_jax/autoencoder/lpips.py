@@ -128,10 +128,11 @@ def read_lpips(vgg_file: epath.PathLike, heads_file: epath.PathLike, cache: epat
     if (lowest := min(head.min() for head in heads.values())) < 0:
         raise ValueError(f"{heads_file} holds a weight of {lowest:g}; no head of LPIPS is negative")
     params = params_of(backbone | heads)
-    return Perceptual("LPIPS", jax.tree.map(jnp.asarray, params), _distance, weights_hash(params))
+    return Perceptual("LPIPS", jax.tree.map(jnp.asarray, params), lpips_distance, weights_hash(params))
 
 
-def _distance(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+def lpips_distance(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """LPIPS with these parameters."""
     return LPIPS().apply({"params": params}, x, y)
 
 
@@ -154,13 +155,13 @@ def params_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         tensor = tensors[_torch_name(path_of(key_path))]
         return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0) if leaf.ndim == 4 else tensor.reshape(leaf.shape))
 
-    return jax.tree_util.tree_map_with_path(param, _param_shapes())
+    return jax.tree_util.tree_map_with_path(param, param_shapes())
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
     """The names and shapes of the tensors of both files, without VGG16's classifier."""
     shapes = {}
-    for path, shape in shapes_by_path(_param_shapes()).items():
+    for path, shape in shapes_by_path(param_shapes()).items():
         is_head = path.startswith("head")
         torch_shape = (1, *shape, 1, 1) if is_head else (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape
         shapes[_torch_name(path)] = torch_shape
@@ -178,7 +179,8 @@ def _torch_name(path: str) -> str:
 
 
 @functools.cache
-def _param_shapes() -> Any:
+def param_shapes() -> Any:
+    """Shapes and dtypes of LPIPS's parameters."""
     image = jax.ShapeDtypeStruct((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32)
     return jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)["params"]
 

@@ -246,11 +246,16 @@ def read_classifier(name: str, path: epath.PathLike) -> Extractor:
     return _extractor(name, _read_params(name, epath.Path(path)))
 
 
-def _read_params(name: str, path: epath.Path) -> dict:
+def classifier_shapes(name: str) -> dict:
+    """Shapes and dtypes of a classifier's parameters."""
     training = CLASSIFIERS[name]
     size = (1, training.image_size, training.image_size, training.num_channels)
     model = Classifier(training.widths, training.num_classes)
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(size, jnp.uint8)))["params"]
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(size, jnp.uint8)))["params"]
+
+
+def _read_params(name: str, path: epath.Path) -> dict:
+    like = classifier_shapes(name)
     try:
         tensors, metadata = read_safetensors(path)
     except ValueError as error:

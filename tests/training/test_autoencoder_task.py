@@ -318,6 +318,16 @@ def test_what_is_wrong_with_the_adversarial_training_is_said():
     assert "blind" in adversarial_warnings(fine | {"accuracy_real": 0.0, "accuracy_fake": 0.01})["accuracy"]
 
 
+def test_a_step_with_lpips_is_lowered_ahead_of_time_without_its_weights():
+    """As `plan` does."""
+    changes = {"task.perceptual": "lpips", "task.vgg_weights": "nowhere.pth", "task.lpips_weights": "nowhere.pth"}
+    config = override(tiny_autoencoder_config(), changes | {"data.num_channels": 3})
+    task = Parts(config, is_abstract=True).task
+    lowered = task.train_step.lower(task.abstract_state, task.batch_spec)
+    assert task.costs.multiply_adds["perceptual"] > task.costs.multiply_adds["encoder"]
+    assert "tensor<3x3x512x512xf32>" in lowered.as_text()  # a kernel of VGG16, an argument of the program
+
+
 @pytest.mark.slow
 def test_eight_devices_train_as_one(tmp_path):
     """At a small learning rate: Adam's first steps, which are as large for small gradients, magnify rounding."""
