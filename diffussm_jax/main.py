@@ -53,7 +53,7 @@ _DESCRIBE = flags.DEFINE_bool(
 
 def describe(config: ConfigDict) -> str:
     """A line about the model: parameters, sequence length, multiply-adds; and one about the machine. No arrays."""
-    devices, parts = jax.devices(), Parts(config, make_mesh(**config.mesh.to_dict()))
+    devices, parts = jax.devices(), Parts(config, make_mesh(**config.mesh.to_dict()), is_abstract=True)
     axes = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     machine = f"{len(devices)} x {devices[0].device_kind} ({platform_of(devices[0])}), mesh: {axes}"
     if not parts.trains_model:
