@@ -6,8 +6,8 @@ WORKDIR/reconstruction.json and .md have the scores of held-out images.
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,13 +16,13 @@ from etils import epath
 
 from diffussm_jax.autoencoder import to_diffusers
 from diffussm_jax.data.loader import Loader
-from diffussm_jax.data.transforms import image_grid, save_png
+from diffussm_jax.data.transforms import to_uint8
 from diffussm_jax.evaluation.extractor import Extractor
 from diffussm_jax.evaluation.reconstruction import as_json, markdown_table, reconstruction_scores
 from diffussm_jax.io import write_whole
 from diffussm_jax.parallel.mesh import batch_to_devices
 from diffussm_jax.training.autoencoder_task import AutoencoderTask
-from diffussm_jax.training.hooks import HookContext
+from diffussm_jax.training.hooks import HookContext, HookFactory, sample_grid
 from diffussm_jax.training.task import Hook
 
 VAE = "vae"
@@ -31,84 +31,81 @@ _NUM_COLUMNS, _NUM_ROWS = 8, 3  # of pairs
 MAX_REPORT_IMAGES = 10_000
 
 
-def reconstruction_grid(context: HookContext, *, loader: Loader, every: int) -> Hook:
-    """Writes rows of originals, each above its reconstructions, to samples/step_NNNNNNNN_reconstructions.png.
+def reconstruction_grid(parts) -> HookFactory:
+    """The hook that writes rows of originals, each above its reconstructions, every `config.sample_every` steps.
 
-    The images are those of the first batch, held out where there are any.
-
-    Args:
-      context: of the run.
-      loader: of the images.
-      every: interval in steps.
+    The images are those of the first batch, held out where there are any. The files are
+    samples/step_NNNNNNNN_reconstructions.png.
     """
-    task = context.task
+    loader = _loader(parts)
+    num_images = min(loader.num_rows(0), _NUM_COLUMNS * _NUM_ROWS)
+    num_columns = min(_NUM_COLUMNS, num_images)
+    num_rows = -(-num_images // num_columns)
 
-    def run(state, step):
-        made = task.reconstruct(task.eval_params(state), batch_to_devices(task.mesh, loader.batch(0)))
-        if jax.process_index() == 0:
-            num_images = min(loader.num_rows(0), _NUM_COLUMNS * _NUM_ROWS)
-            grid = pairs_grid(*(np.asarray(made[k])[:num_images] for k in ("images", "reconstructions")))
-            folder = context.workdir / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_png(folder / f"step_{step:08d}_reconstructions.png", grid)
-            context.log.image(step, "reconstructions", grid)
-        return {}
+    def draw(params, key):
+        made = _reconstructed(parts.task, params, loader, 0)
+        pairs = np.stack([made["images"][:num_images], to_uint8(made["reconstructions"][:num_images])])
+        blank = np.full((2, num_rows * num_columns - num_images, *pairs.shape[2:]), 255, np.uint8)
+        pairs = np.concatenate([pairs, blank], 1)
+        rows = pairs.reshape(2, num_rows, num_columns, *pairs.shape[2:]).swapaxes(0, 1)
+        return rows.reshape(-1, *pairs.shape[2:])
 
-    return Hook("reconstruction_grid", every, run)
-
-
-def pairs_grid(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Rows of originals, each above its reconstructions: [N, H, W, C] uint8 twice to [H', W', C]."""
-    num_columns = min(_NUM_COLUMNS, len(images))
-    rows = [range(start, min(start + num_columns, len(images))) for start in range(0, len(images), num_columns)]
-    blank = np.full_like(images[:1], 255)
-
-    def padded(of, row):
-        return np.concatenate([of[row], *[blank] * (num_columns - len(row))])
-
-    pairs = [padded(of, row) for row in rows for of in (images, reconstructions)]
-    labels = ["original", "decoded"] * len(rows)
-    return image_grid(np.concatenate(pairs), num_columns, np.repeat(labels, num_columns))
+    return functools.partial(
+        sample_grid,
+        draw=draw,
+        num_columns=num_columns,
+        labels=np.repeat(["original", "decoded"] * num_rows, num_columns),
+        name="reconstructions",
+        seed=parts.config.seed,
+        every=parts.config.sample_every,
+        tag="reconstructions",
+    )
 
 
-def final_report(context: HookContext, *, finish, num_steps: int) -> Hook:
-    """After the last step writes WORKDIR/vae and the report. The scores are logged too, but for those not finite."""
+def final_report(parts, extractor: Extractor | None) -> HookFactory:
+    """The hook that runs `finish_run` after the last step. The scores are logged too, but for those not finite."""
 
-    def run(state, step):
-        return finish(context.task, context.task.eval_params(state), context.workdir, step)
+    def make(context: HookContext) -> Hook:
+        def run(state, step):
+            return finish_run(parts, extractor, context.task.eval_params(state), context.workdir, step)
 
-    return Hook("final_report", num_steps, run)
+        return Hook("final_report", parts.config.num_steps, run)
 
-
-def _reconstructed(task: AutoencoderTask, params: Any, loader: Loader) -> Iterator[dict[str, np.ndarray]]:
-    """What `AutoencoderTask.reconstruct` makes of the batches of a loader, without the rows that fill the last."""
-    num_images = 0
-    for i in range(len(loader)):
-        if num_images >= MAX_REPORT_IMAGES:
-            return
-        made = jax.device_get(task.reconstruct(params, batch_to_devices(task.mesh, loader.batch(i))))
-        yield {name: np.asarray(values)[: loader.num_rows(i)] for name, values in made.items()}
-        num_images += loader.num_rows(i)
+    return make
 
 
-def finish_run(
-    parts, extractor: Extractor | None, task: AutoencoderTask, params: Any, out: epath.PathLike, step: int
-) -> dict[str, float]:
-    """Writes OUT/vae and the report, and returns the finite scores.
+def _loader(parts) -> Loader:
+    """Of the images that are held out, or else trained on."""
+    return parts.eval_loader or parts.train_loader
+
+
+def _reconstructed(task: AutoencoderTask, params: Any, loader: Loader, index: int) -> dict[str, np.ndarray]:
+    """What `AutoencoderTask.reconstruct` makes of a batch of a loader, without the rows that fill the last one."""
+    made = jax.device_get(task.reconstruct(params, batch_to_devices(task.mesh, loader.batch(index))))
+    return {name: np.asarray(values)[: loader.num_rows(index)] for name, values in made.items()}
+
+
+def finish_run(parts, extractor: Extractor | None, params: Any, out: epath.PathLike, step: int) -> dict[str, float]:
+    """Writes OUT/vae and the report of up to 10,000 images, and returns the finite scores.
 
     Args:
       parts: `build.Parts` of the run.
       extractor: for the Frechet distance; None for none.
-      task: that trained the parameters.
       params: averaged parameters of the autoencoder.
       out: folder of the run.
       step: of the parameters.
+
+    Raises:
+      FloatingPointError: reconstructions have values that are not finite.
     """
-    out, loader = epath.Path(out), parts.eval_loader or parts.train_loader
-    found = list(_reconstructed(task, params, loader))
-    images, reconstructions, mean, square = (
-        np.concatenate([made[name] for made in found]) for name in ("images", "reconstructions", "mean", "square")
-    )
+    out, task, loader = epath.Path(out), parts.task, _loader(parts)
+    parts_of = {name: [] for name in ("images", "reconstructions", "mean", "square")}
+    for i in range(min(len(loader), -(-MAX_REPORT_IMAGES // loader.batch_size))):
+        made = _reconstructed(task, params, loader, i)
+        made["reconstructions"] = to_uint8(made["reconstructions"])
+        for name, values in made.items():
+            parts_of[name].append(values)
+    images, reconstructions, mean, square = map(np.concatenate, parts_of.values())
     statistics = latent_statistics(mean, square)
     perceptual = None
     if task.perceptual:
@@ -117,13 +114,8 @@ def finish_run(
     scores = reconstruction_scores(images, reconstructions, extractor, perceptual)
     if jax.process_index() == 0:
         model = dataclasses.replace(task.stage.model, scaling_factor=statistics.pop("scaling_factor"))
-        to_diffusers(
-            model,
-            jax.device_get(params),
-            out / VAE,
-            sample_size=parts.config.data.image_size,
-            statistics=statistics,
-        )
+        size = parts.config.data.image_size
+        to_diffusers(model, jax.device_get(params), out / VAE, sample_size=size, statistics=statistics)
         about = {
             "step": step,
             "num_images": len(images),

@@ -1,5 +1,6 @@
 """From a config to the task "autoencoder", and what happens beside its training: grids, and a report at its end."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -12,15 +13,19 @@ from diffussm_jax.autoencoder.discriminator import NORMS, PatchDiscriminator, ch
 from diffussm_jax.autoencoder.first_stage import FirstStage, KLStage
 from diffussm_jax.autoencoder.losses import DISCRIMINATOR_LOSSES
 from diffussm_jax.autoencoder.lpips import lpips_distance, param_shapes
-from diffussm_jax.autoencoder_report import final_report, finish_run, reconstruction_grid
-from diffussm_jax.evaluation.classifier import CLASSIFIERS, classifier_shapes, layer_features
+from diffussm_jax.autoencoder_report import final_report, reconstruction_grid
+from diffussm_jax.evaluation.classifier import (
+    CLASSIFIERS,
+    classifier_shapes,
+    extractor_of_params,
+    layer_features,
+)
 from diffussm_jax.evaluation.extractor import DISTANCES, Extractor
 from diffussm_jax.io import path_of
 from diffussm_jax.options import CHANGEABLE_ON_RESUME, Choices, Component, Range
 from diffussm_jax.parallel.mesh import platform_of
 from diffussm_jax.training.adversary import Adversary
 from diffussm_jax.training.autoencoder_task import DISCRIMINATOR, GENERATOR, AutoencoderTask
-from diffussm_jax.training.ema import EMA
 from diffussm_jax.training.hooks import HookFactory
 from diffussm_jax.training.optimizer import adamw
 
@@ -91,7 +96,6 @@ def autoencoder(
     o = config.optimizer
     adam = adamw(parts.learning_rate, weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm, betas=(beta1, beta2))
     frozen = stage.frozen if trains_encoder else (*stage.frozen, *_ENCODER)
-    ema = parts.ema
     return AutoencoderTask(
         stage=stage,
         adversary=adversary if disc_weight else None,
@@ -103,7 +107,7 @@ def autoencoder(
             {GENERATOR: adam, DISCRIMINATOR: adam, _FROZEN: optax.set_to_zero()},
             functools.partial(_labels, frozen=frozen),
         ),
-        ema=EMA(decay=ema.decay, has_warmup=ema.has_warmup, power_sigmas=ema.power_sigmas, part=GENERATOR),
+        ema=dataclasses.replace(parts.ema, part=GENERATOR),
         batch_spec=parts.batch_spec,
         accumulation_steps=o.accumulation_steps,
         max_skipped_steps=o.max_skipped_steps,
@@ -182,12 +186,20 @@ def make_perceptual(parts, name: str, vgg_weights: str, lpips_weights: str) -> P
     return Perceptual(f"distance-{name}", extractor.params, distance, extractor.sha256)
 
 
-def extractor_of(parts, name: str) -> Extractor | None:
-    """The network `name` for the report, or for a classifier the one that is trained on these data."""
-    from diffussm_jax.evaluate_real import open_extractor, open_real_data  # some seconds of imports
-
+def report_extractor(parts) -> Extractor | None:
+    """The network of `config.task.report_features`; None for none."""
+    name, perceptual = parts.config.task.report_features, parts.config.task.perceptual
     if name == NONE:
         return None
+    if name == perceptual and name in CLASSIFIERS:  # reading its data once more takes long
+        return extractor_of_params(name, parts.task.perceptual.params)
+    return extractor_of(parts, name)
+
+
+def extractor_of(parts, name: str) -> Extractor:
+    """A pretrained network, or the classifier of that name, trained on these data."""
+    from diffussm_jax.evaluate_real import open_extractor, open_real_data  # some seconds of imports
+
     log = print if jax.process_index() == 0 else lambda line: None
     real = open_real_data("digits" if parts.config.data.source == "digits" else "", run_config=parts.config)
     return open_extractor(name, "", real, log)
@@ -195,13 +207,8 @@ def extractor_of(parts, name: str) -> Extractor | None:
 
 def hooks(parts) -> list[HookFactory]:
     """Grids of originals and reconstructions every `config.sample_every` steps, and the report after the last one."""
-    config = parts.config
-    finish = functools.partial(finish_run, parts, extractor_of(parts, config.task.report_features))
-    found = [functools.partial(final_report, finish=finish, num_steps=config.num_steps)]
-    if config.sample_every:
-        loader = parts.eval_loader or parts.train_loader
-        found.append(functools.partial(reconstruction_grid, loader=loader, every=config.sample_every))
-    return found
+    found = [final_report(parts, report_extractor(parts))]
+    return [*found, reconstruction_grid(parts)] if parts.config.sample_every else found
 
 
 autoencoder.check = check

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from diffussm_jax import cli
 from diffussm_jax.autoencoder_report import REPORT, VAE, finish_run
 from diffussm_jax.build import Parts
-from diffussm_jax.build_autoencoder import extractor_of
+from diffussm_jax.build_autoencoder import report_extractor
 from diffussm_jax.config import best_checkpoint, to_plain
 from diffussm_jax.io import check_same_shapes, check_writable, shapes_by_path, write_whole
 from diffussm_jax.parallel.mesh import make_mesh
@@ -108,7 +108,7 @@ def export_autoencoder(workdir: epath.PathLike, checkpoint: str, out: epath.Path
     with contextlib.closing(Checkpointer(workdir, best=best, is_read_only=True)) as checkpointer:
         step = checkpointer.resolve(checkpoint)
         params = checkpointer.restore_ema(step, parts.task.abstract_state.ema_params)
-    finish_run(parts, extractor_of(parts, config.task.report_features), parts.task, params, out, step)
+    finish_run(parts, report_extractor(parts), params, out, step)
     return out
 
 

@@ -38,14 +38,15 @@ class Reconstruction(NamedTuple):
       regularizer: scalar, weighted.
       terms: scalars to log.
       last_input: of the decoder's last convolution, [B, H, W, features].
-      latents: [B, h, w, c] before quantization; the mean for KL.
+      quantized: what a codebook is updated with, latents [B, h, w, c] and the indices [B, h, w] of their codes; () if
+        there is no such codebook.
     """
 
     images: jax.Array
     regularizer: jax.Array
     terms: Terms
     last_input: jax.Array
-    latents: jax.Array
+    quantized: tuple[jax.Array, ...] = ()
 
 
 class FirstStage(Protocol):
@@ -76,8 +77,8 @@ class FirstStage(Protocol):
     def init_codebook(self, params: Any) -> Any:
         """What is kept beside the parameters to update a codebook; {} if nothing is."""
 
-    def update_codebook(self, params: Any, state: Any, latents: jax.Array, key: jax.Array) -> tuple[Any, Any]:
-        """The parameters and that state after a step."""
+    def update_codebook(self, params: Any, state: Any, quantized: tuple, key: jax.Array) -> tuple[Any, Any]:
+        """The parameters and that state after a step; `quantized` is that of `Reconstruction`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class _Stage:
     def init_codebook(self, params: Any) -> Any:
         return {}
 
-    def update_codebook(self, params: Any, state: Any, latents: jax.Array, key: jax.Array) -> tuple[Any, Any]:
+    def update_codebook(self, params: Any, state: Any, quantized: tuple, key: jax.Array) -> tuple[Any, Any]:
         return params, state
 
 
@@ -159,10 +160,9 @@ class KLStage(_Stage):
 
     def reconstruct(self, params: Any, images: jax.Array, noise: jax.Array | None) -> Reconstruction:
         mean, log_std = self.model.apply({"params": params}, images, method="encode")
-        latents = mean if noise is None else mean + jnp.exp(log_std) * noise
-        x_hat, last_input = self._apply(params, latents, "decode")
+        x_hat, last_input = self._apply(params, mean + jnp.exp(log_std) * noise, "decode")
         kl = losses.kl_divergence(mean, log_std)
-        return Reconstruction(x_hat, self.kl_weight * kl, {"kl": kl}, last_input, mean)
+        return Reconstruction(x_hat, self.kl_weight * kl, {"kl": kl}, last_input)
 
     def nll(self, error: jax.Array, logvar: jax.Array | float) -> jax.Array:
         return losses.kl_nll(error, logvar)
@@ -213,11 +213,15 @@ class VQStage(_Stage):
         x_hat, last_input = self._apply(params, straight_through(latents, quantized), "decode_quantized")
         codebook, commitment = codebook_losses(latents, quantized)
         usage, perplexity = codebook_usage(indices, self.num_vq_embeddings)
-        weighted = {"codebook": 0 if self.codebook_decay else codebook, "commitment": commitment}
-        weighted[self.beta_term if not self.codebook_decay else "commitment"] *= self.beta
-        regularizer = self.codebook_weight * sum(weighted.values())
+        if self.codebook_decay:
+            regularizer = self.beta * commitment
+        elif self.beta_term == "codebook":
+            regularizer = self.beta * codebook + commitment
+        else:
+            regularizer = codebook + self.beta * commitment
         terms = {"codebook": codebook, "commitment": commitment, "usage": usage, "perplexity": perplexity}
-        return Reconstruction(x_hat, regularizer, terms, last_input, latents)
+        for_update = (latents, indices) if self.codebook_decay else ()
+        return Reconstruction(x_hat, self.codebook_weight * regularizer, terms, last_input, for_update)
 
     def nll(self, error: jax.Array, logvar: jax.Array | float) -> jax.Array:
         return losses.vq_nll(error)
@@ -225,19 +229,11 @@ class VQStage(_Stage):
     def init_codebook(self, params: Any) -> Any:
         return init_codebook_state(params["quantize"]["embedding"]) if self.codebook_decay else {}
 
-    def update_codebook(self, params: Any, state: Any, latents: jax.Array, key: jax.Array) -> tuple[Any, Any]:
+    def update_codebook(self, params: Any, state: Any, quantized: tuple, key: jax.Array) -> tuple[Any, Any]:
         if not self.codebook_decay:
             return params, state
-        _, indices = self.model.apply({"params": params}, latents, method="quantize")
-        codebook, state = update_codebook(
-            params["quantize"]["embedding"],
-            state,
-            latents,
-            indices,
-            decay=self.codebook_decay,
-            min_usage=self.min_usage,
-            key=key,
-        )
+        options = {"decay": self.codebook_decay, "min_usage": self.min_usage, "key": key}
+        codebook, state = update_codebook(params["quantize"]["embedding"], state, *quantized, **options)
         return {**params, "quantize": {"embedding": codebook}}, state
 
 

@@ -233,7 +233,7 @@ def classifier_extractor(
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {path_of(p): np.ascontiguousarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
         write_whole(path, safetensors.numpy.save(tensors, {"sha256": weights_hash(params)}))
-    return _extractor(name, params)
+    return extractor_of_params(name, params)
 
 
 def read_classifier(name: str, path: epath.PathLike) -> Extractor:
@@ -243,7 +243,7 @@ def read_classifier(name: str, path: epath.PathLike) -> Extractor:
       FileNotFoundError: there is no such file.
       ValueError: it is damaged, or of another network.
     """
-    return _extractor(name, _read_params(name, epath.Path(path)))
+    return extractor_of_params(name, _read_params(name, epath.Path(path)))
 
 
 def classifier_shapes(name: str) -> dict:
@@ -268,7 +268,8 @@ def _read_params(name: str, path: epath.Path) -> dict:
     return params
 
 
-def _extractor(name: str, params: dict) -> Extractor:
+def extractor_of_params(name: str, params: dict) -> Extractor:
+    """The extractor of a classifier with these parameters."""
     training = CLASSIFIERS[name]
     model = Classifier(training.widths, training.num_classes)
 

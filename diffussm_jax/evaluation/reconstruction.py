@@ -32,7 +32,7 @@ _MAX_BATCH_SIZE = 64
 _NORMAL_95 = 1.96
 _UNITS = {"PSNR": "dB"}
 
-Perceptual = tuple[str, Callable[[jax.Array, jax.Array], jax.Array]]
+NamedDistance = tuple[str, Callable[[jax.Array, jax.Array], jax.Array]]
 
 
 def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -138,7 +138,7 @@ def reconstruction_scores(
     originals: np.ndarray,
     reconstructions: np.ndarray,
     extractor: Extractor | None,
-    perceptual: Perceptual | None = None,
+    perceptual: NamedDistance | None = None,
 ) -> dict[str, Score]:
     """Scores of reconstructions by name. Means over images have their standard error as `deviation`.
 

@@ -16,7 +16,6 @@ All randomness of step s comes from fold_in(key(seed), s).
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,11 +47,6 @@ Batch = dict[str, jax.Array]
 GENERATOR, DISCRIMINATOR, LOGVAR = "generator", "discriminator", "logvar"
 _CODEBOOK_SALT = 0xC0DE  # sets the draws of restarted codes apart from those of the same step's noise
 MIN_MSE = 1e-10  # 106 dB: of 8-bit images the least that is not zero is 96 dB at 32 x 32
-
-
-def num_parameters(params: Any) -> int:
-    """The number of values of a tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 class AutoencoderState(TrainState):
@@ -119,9 +113,8 @@ class AutoencoderTask:
         return params
 
     def _with_params(self, params) -> AutoencoderState:
-        state = create_state(params, self.optimizer, self.ema)
-        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-        return AutoencoderState(**fields, codebook=self.stage.init_codebook(params[GENERATOR]))
+        codebook = self.stage.init_codebook(params[GENERATOR])
+        return create_state(params, self.optimizer, self.ema, AutoencoderState, codebook=codebook)
 
     def create_state(self) -> AutoencoderState:
         """The state before the first step, on all devices."""
@@ -148,22 +141,24 @@ class AutoencoderTask:
     @functools.cached_property
     def costs(self) -> Costs:
         """Parameters by part, and multiply-adds of one image: the discriminator's of x and of x_hat."""
-        params, perceptual = self.abstract_state.params, self.perceptual
+        params = self.abstract_state.params
         x = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
-        model, generator = self.stage.model, params[GENERATOR]
-        jaxpr = jax.make_jaxpr(lambda params, x: model.apply({"params": params}, x))(generator, x).jaxpr
-        found = count_products(jaxpr, generator).by_module
-        parts = {name: sum(n for module, n in found.items() if module.split("/")[0] == name) for name in generator}
-        parameters = {name: num_parameters(of) for name, of in generator.items()}
+
+        def products(apply, params, *arguments):
+            return count_products(jax.make_jaxpr(apply)(params, *arguments).jaxpr, params).by_module
+
+        def outputs(model):
+            return lambda params, x: model.apply({"params": params}, x)
+
+        networks = dict(params[GENERATOR])
+        found = products(outputs(self.stage.model), networks, x)
+        parts = {name: sum(n for module, n in found.items() if module.split("/")[0] == name) for name in networks}
         if self.adversary:
-            judge, discriminator = self.adversary.model, params[DISCRIMINATOR]
-            jaxpr = jax.make_jaxpr(lambda params, x: judge.apply({"params": params}, x))(discriminator, x).jaxpr
-            parts[DISCRIMINATOR] = 2 * count_products(jaxpr, discriminator).by_module.total()
-            parameters[DISCRIMINATOR] = num_parameters(discriminator)
-        if perceptual:
-            jaxpr = jax.make_jaxpr(perceptual.distance)(perceptual.params, x, x).jaxpr
-            parts["perceptual"] = count_products(jaxpr, {}).by_module.total()
-        return Costs(parameters, parts)
+            networks[DISCRIMINATOR] = params[DISCRIMINATOR]
+            parts[DISCRIMINATOR] = 2 * products(outputs(self.adversary.model), params[DISCRIMINATOR], x).total()
+        if self.perceptual:
+            parts["perceptual"] = products(self.perceptual.distance, self.perceptual.params, x, x).total()
+        return Costs({name: sum(leaf.size for leaf in jax.tree.leaves(of)) for name, of in networks.items()}, parts)
 
     @property
     def multiply_adds(self) -> int:
@@ -178,16 +173,15 @@ class AutoencoderTask:
         return _Draw(images, None if shape is None else jax.random.normal(noise_key, (len(images), *shape)))
 
     def _error(self, perceptual_params, images: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, Losses]:
-        """|x - x_hat| with the perceptual distance added [B, H, W, C], and both to log."""
-        distance = jnp.zeros(len(images))
+        """|x - x_hat| with the perceptual distance added [B, H, W, C], and both of each image [B]."""
+        of_images = {"l1": jnp.abs(images - x_hat).mean((1, 2, 3))}
         if self.perceptual:
-            distance = self.perceptual.distance(perceptual_params, images, x_hat)
-        error = losses.reconstruction_error(images, x_hat, distance, self.perceptual_weight)
-        logged = {"l1": jnp.abs(images - x_hat).mean()}
-        return error, logged | ({"perceptual": distance.mean()} if self.perceptual else {})
+            of_images["perceptual"] = self.perceptual.distance(perceptual_params, images, x_hat)
+        error = losses.reconstruction_error(images, x_hat, of_images.get("perceptual"), self.perceptual_weight)
+        return error, of_images
 
     def _gradients(self, params, drawn: _Draw, step: jax.Array, perceptual_params):
-        """(Gradients of all parameters, losses), and the latents before quantization."""
+        """(Gradients of all parameters, losses), and what a codebook is updated with."""
 
         def generate(generator):
             made = self.stage.reconstruct(generator, drawn.images, drawn.noise)
@@ -196,8 +190,8 @@ class AutoencoderTask:
         (x_hat, regularizer), pull, made = jax.vjp(generate, params[GENERATOR], has_aux=True)
 
         def nll_of(x_hat, logvar):
-            error, logged = self._error(perceptual_params, drawn.images, x_hat)
-            return self.stage.nll(error, logvar), logged
+            error, of_images = self._error(perceptual_params, drawn.images, x_hat)
+            return self.stage.nll(error, logvar), jax.tree.map(jnp.mean, of_images)
 
         logvar = params.get(LOGVAR, jnp.zeros(()))
         (nll, logged), (cotangent, d_logvar) = jax.value_and_grad(nll_of, (0, 1), has_aux=True)(x_hat, logvar)
@@ -212,7 +206,7 @@ class AutoencoderTask:
             grads[LOGVAR] = d_logvar
             logged["logvar"] = logvar
         (grads[GENERATOR],) = pull((cotangent, jnp.ones_like(regularizer)))
-        return (grads, {"loss": loss, "nll": nll, **made.terms, **logged}), made.latents
+        return (grads, {"loss": loss, "nll": nll, **made.terms, **logged}), made.quantized
 
     def _pull_last_kernel(self, generator, last_input: jax.Array) -> Callable[[jax.Array], jax.Array]:
         """Maps a gradient at x_hat to one at the kernel of the decoder's last convolution."""
@@ -232,11 +226,11 @@ class AutoencoderTask:
                 return self._gradients(params, drawn, state.step, perceptual_params)
 
             drawn = self._draw(batch, key)
-            (grads, found), latents = mean_over_microbatches(gradients, state.params, drawn, self.accumulation_steps)
+            (grads, found), quantized = mean_over_microbatches(gradients, state.params, drawn, self.accumulation_steps)
 
             def update_codebook(params):
                 generator, codebook = self.stage.update_codebook(
-                    params[GENERATOR], state.codebook, latents, jax.random.fold_in(key, _CODEBOOK_SALT)
+                    params[GENERATOR], state.codebook, quantized, jax.random.fold_in(key, _CODEBOOK_SALT)
                 )
                 return params | {GENERATOR: generator}, {"codebook": codebook}
 
@@ -272,20 +266,12 @@ class AutoencoderTask:
 
         def eval_step(params, batch: Batch, index: jax.Array, num_rows: jax.Array, perceptual_params) -> Losses:
             images = to_unit_range(batch["image"])
-            x_hat = self.stage.reconstruct(params, images, None).images
-            is_counted = jnp.arange(len(images)) < num_rows
-
-            def mean(x):
-                return jnp.sum(jnp.where(is_counted, x, 0)) / num_rows
-
-            distance = jnp.abs(images - x_hat).mean((1, 2, 3))
+            x_hat = self.stage.model.apply({"params": params}, images)
+            error, of_images = self._error(perceptual_params, images, x_hat)
             mse = jnp.square(images - jnp.clip(x_hat, -1, 1)).mean((1, 2, 3))
-            found = {"l1": mean(distance), "psnr": mean(10 * jnp.log10(4 / jnp.maximum(mse, MIN_MSE)))}
-            if self.perceptual:
-                perceptual = self.perceptual.distance(perceptual_params, images, x_hat)
-                distance += self.perceptual_weight * perceptual
-                found["perceptual"] = mean(perceptual)
-            return found | {"loss": mean(distance)}
+            of_images |= {"loss": error.mean((1, 2, 3)), "psnr": 10 * jnp.log10(4 / jnp.maximum(mse, MIN_MSE))}
+            is_counted = jnp.arange(len(images)) < num_rows
+            return jax.tree.map(lambda x: jnp.sum(jnp.where(is_counted, x, 0)) / num_rows, of_images)
 
         return self._jit(eval_step, num_scalars=2)
 
@@ -310,20 +296,19 @@ class AutoencoderTask:
 
     @functools.cached_property
     def reconstruct(self) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-        """The jitted (params, batch) -> "images" and "reconstructions" [B, H, W, C] uint8, and moments of latents.
+        """The jitted (params, batch) -> "images" uint8, "reconstructions" float32 in about [-1, 1], both [B, H, W, C].
 
-        The moments are sums over the batch's rows: "mean" and "square" [B, C], means over positions of drawn latents.
+        And "mean" and "square" [B, C]: of each image the means over positions of drawn latents and of their squares.
         """
 
         def reconstruct(params, batch: Batch) -> dict[str, jax.Array]:
             images = to_unit_range(batch["image"])
             mean, log_std = self.stage.model.apply({"params": params}, images, method="encode")
             x_hat = self.stage.model.apply({"params": params}, mean, method="decode")
-            pixels = jnp.round(127.5 * (jnp.clip(x_hat, -1, 1) + 1)).astype(jnp.uint8)
             square = jnp.square(mean) + jnp.exp(2 * log_std)
             return {
                 "images": batch["image"],
-                "reconstructions": pixels,
+                "reconstructions": x_hat,
                 "mean": mean.mean((1, 2)),
                 "square": square.mean((1, 2)),
             }

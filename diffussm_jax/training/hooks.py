@@ -60,6 +60,7 @@ def sample_grid(
     name: str,
     seed: int,
     every: int,
+    tag: str = "samples",
 ) -> Hook:
     """Draws images with the averaged parameters, and writes them as a grid to samples/step_NNNNNNNN_NAME.png.
 
@@ -69,10 +70,11 @@ def sample_grid(
       context: of the run.
       draw: (params, key) -> images [B, H, W, C] uint8.
       num_columns: of the grid.
-      labels: the class of each column; None without classes.
+      labels: the class of each column, or the text of each image; None without.
       name: how the images are sampled, for the file's name.
       seed: of the noise, which is the same every time.
       every: interval in steps.
+      tag: of the images in the log.
     """
     key = jax.random.fold_in(jax.random.key(seed), _SAMPLE_SALT)
 
@@ -88,7 +90,7 @@ def sample_grid(
             grid, folder = image_grid(images, num_columns, of_images), context.workdir / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             save_png(folder / f"step_{step:08d}_{name}.png", grid)
-            context.log.image(step, "samples", grid)
+            context.log.image(step, tag, grid)
         return {}
 
     return Hook("sample_grid", every, run)

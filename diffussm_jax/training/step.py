@@ -42,7 +42,7 @@ def mean_over_microbatches(function: Callable[[Any, Any], tuple[Any, Any]], para
         summed, of_examples = function(params, part)
         return jax.tree.map(jnp.add, total, summed), of_examples
 
-    shapes, _ = jax.eval_shape(function, params, jax.tree.map(lambda x: x[::num_microbatches], batch))
+    shapes, _ = jax.eval_shape(function, params, batch)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, of_examples = jax.lax.scan(add_part, zeros, jax.tree.map(cut, batch))
     return jax.tree.map(lambda x: x / num_microbatches, total), jax.tree.map(joined, of_examples)
@@ -101,14 +101,17 @@ def norms(params, averaged) -> Losses:
     return {"param_norm": optax.tree.norm(params), "ema_distance": optax.tree.norm(difference)}
 
 
-def create_state(params, optimizer: optax.GradientTransformation, ema: EMA) -> TrainState:
-    """The state before the first step."""
-    return TrainState(
+def create_state(
+    params, optimizer: optax.GradientTransformation, ema: EMA, kind: type[TrainState] = TrainState, **fields
+) -> TrainState:
+    """The state before the first step; `fields` are those that `kind` adds to `TrainState`."""
+    return kind(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
         **ema.init(params),
+        **fields,
     )
 
 
