@@ -23,6 +23,8 @@ from diffussm_jax.layers import attend
 torch = pytest.importorskip("torch", reason="parity with diffusers needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="parity with diffusers needs diffusers")
 
+from torch_autoencoders import assert_close, params_of, random_autoencoder, to_numpy, to_torch
+
 MODULE_RTOL = 1e-5
 MODEL_RTOL = 2e-5
 CONFIGS = {
@@ -51,37 +53,13 @@ CONFIGS = {
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def torch_model(seed=0, *, attention_levels=(), **config):
-    kinds = ["Attn" if i in attention_levels else "" for i in range(len(config["block_out_channels"]))]
-    model = diffusers.AutoencoderKL(
-        **{"layers_per_block": 2, "scaling_factor": 0.3, **config},
-        down_block_types=tuple(f"{kind}DownEncoderBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)),
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            spread = p[0].numel() ** -0.5 if p.ndim > 1 else 0.3
-            mean = float("norm" in name and name.endswith("weight"))
-            p.copy_(torch.randn(p.shape, generator=generator) * spread + mean)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request, tmp_path_factory):
     """The PyTorch model, and ours from the files that it saved."""
-    reference = torch_model(**CONFIGS[request.param])
+    reference = random_autoencoder(diffusers.AutoencoderKL, **CONFIGS[request.param])
     path = tmp_path_factory.mktemp("vae")
     reference.save_pretrained(path)
     return reference, *from_diffusers(path)
-
-
-def to_torch(x):
-    return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
-
-
-def to_numpy(x):
-    return x.detach().permute(0, 2, 3, 1).numpy()
 
 
 def random(*shape, seed=0):
@@ -90,11 +68,6 @@ def random(*shape, seed=0):
 
 def apply(model, params, x, method):
     return jax.jit(lambda p, x: model.apply({"params": p}, x, method=method))(params, x)
-
-
-def assert_close(actual, expected, rtol):
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
 
 
 def test_config_is_understood(pair, request):
@@ -129,11 +102,11 @@ def test_call_decodes_the_mean(pair):
 
 
 def test_log_variances_are_clipped_alike():
-    reference = torch_model(**CONFIGS["f4"])
+    reference = random_autoencoder(diffusers.AutoencoderKL, **CONFIGS["f4"])
     model = AutoencoderKL(**CONFIGS["f4"])
     with torch.no_grad():
         reference.quant_conv.bias.copy_(torch.tensor([0.0, 1, 2, 3, -70, 70, -10, 10]))
-    params = params_of(reference)
+    params = params_of(reference.state_dict())
     x = random(1, 8, 8, 3)
     _, log_std = apply(model, params, x, "encode")
     expected = to_numpy(reference.encode(to_torch(x)).latent_dist.logvar) / 2
@@ -141,30 +114,9 @@ def test_log_variances_are_clipped_alike():
     assert_close(log_std, expected, MODEL_RTOL)
 
 
-def params_of(reference):
-    """Written here anew: the parameter tree of a diffusers model, or of a part of it."""
-    tree = {}
-    for name, p in reference.state_dict().items():
-        *modules, leaf = name.split(".")
-        names = []
-        for module in modules:
-            names = [*names[:-1], f"{names[-1]}_{module}"] if module.isdigit() else [*names, module]
-        node = tree
-        for module in names:
-            node = node.setdefault(module, {})
-        x = p.numpy()
-        if leaf == "bias":
-            node["bias"] = x
-        elif x.ndim == 1:
-            node["scale"] = x
-        else:
-            node["kernel"] = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    return tree
-
-
 def test_conversion_as_written_here(pair):
     reference, _, params = pair
-    jax.tree.map(np.testing.assert_array_equal, params, params_of(reference))
+    jax.tree.map(np.testing.assert_array_equal, params, params_of(reference.state_dict()))
 
 
 @pytest.mark.parametrize(
@@ -181,9 +133,9 @@ def test_conversion_as_written_here(pair):
     ],
 )
 def test_submodules(name, module, shape):
-    reference = torch_model(**CONFIGS["f4"]).get_submodule(name)
+    reference = random_autoencoder(diffusers.AutoencoderKL, **CONFIGS["f4"]).get_submodule(name)
     x = random(*shape) + 1
-    actual = jax.jit(module.apply)({"params": params_of(reference)}, x)
+    actual = jax.jit(module.apply)({"params": params_of(reference.state_dict())}, x)
     arguments = (None,) if isinstance(module, ResnetBlock) else ()  # no time embedding
     assert_close(actual, to_numpy(reference(to_torch(x), *arguments)), MODULE_RTOL)
 
@@ -191,9 +143,9 @@ def test_submodules(name, module, shape):
 def test_attention_in_chunks(monkeypatch):
     # More positions than are computed at a time, and no multiple of that.
     monkeypatch.setitem(attend.__kwdefaults__, "query_chunk", 100)
-    reference = torch_model(**CONFIGS["f4"]).encoder.mid_block.attentions[0]
+    reference = random_autoencoder(diffusers.AutoencoderKL, **CONFIGS["f4"]).encoder.mid_block.attentions[0]
     x = 2 * random(2, 17, 19, 16)
-    variables = {"params": params_of(reference)}
+    variables = {"params": params_of(reference.state_dict())}
     assert "scan" in str(jax.make_jaxpr(Attention(4, jnp.float32).apply)(variables, x))
     actual = Attention(4, jnp.float32).apply(variables, x)
     assert_close(actual, to_numpy(reference(to_torch(x))), MODULE_RTOL)
@@ -216,7 +168,7 @@ def test_diffusers_reads_what_was_written(pair, tmp_path):
 def test_old_names_of_attention_that_diffusers_reads(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    reference = torch_model(**CONFIGS["f4"])
+    reference = random_autoencoder(diffusers.AutoencoderKL, **CONFIGS["f4"])
     reference.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = {}
@@ -228,12 +180,12 @@ def test_old_names_of_attention_that_diffusers_reads(tmp_path):
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in tensors
     found = diffusers.AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     assert all(torch.equal(tensor, reference.state_dict()[name]) for name, tensor in found.state_dict().items())
-    jax.tree.map(np.testing.assert_array_equal, from_diffusers(tmp_path)[1], params_of(reference))
+    jax.tree.map(np.testing.assert_array_equal, from_diffusers(tmp_path)[1], params_of(reference.state_dict()))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_files(dtype, tmp_path):
-    reference = torch_model(**CONFIGS["f4"]).to(getattr(torch, dtype))
+    reference = random_autoencoder(diffusers.AutoencoderKL, **CONFIGS["f4"]).to(getattr(torch, dtype))
     reference.save_pretrained(tmp_path)
     params = from_diffusers(tmp_path)[1]
-    jax.tree.map(np.testing.assert_array_equal, params, params_of(reference.float()))
+    jax.tree.map(np.testing.assert_array_equal, params, params_of(reference.float().state_dict()))

@@ -1,7 +1,6 @@
 """The vector-quantized autoencoder agrees with diffusers' VQModel in PyTorch, in values, gradients and files.
 
-Weights are random, as in test_parity_vae.py, whose helpers this file writes anew. Tolerances are fractions of the
-largest value, and of each parameter's largest gradient.
+Weights are random. Tolerances are fractions of the largest value, and of each parameter's largest gradient.
 """
 
 import json
@@ -16,6 +15,8 @@ from diffussm_jax.autoencoder.vq import codebook_losses, straight_through
 
 torch = pytest.importorskip("torch", reason="parity with diffusers needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="parity with diffusers needs diffusers")
+
+from torch_autoencoders import assert_close, params_of, random_autoencoder, to_numpy, to_torch
 
 RTOL = 1e-5
 BETA = 0.25  # of diffusers, on the codebook term
@@ -37,67 +38,17 @@ SIZES = {
 }
 
 
-def torch_model(seed=0, *, attention_levels=(), **config):
-    kinds = ["Attn" if i in attention_levels else "" for i in range(len(config["block_out_channels"]))]
-    model = diffusers.VQModel(
-        **{"scaling_factor": 0.3, **config},
-        down_block_types=tuple(f"{kind}DownEncoderBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)),
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            spread = p[0].numel() ** -0.5 if p.ndim > 1 else 0.3
-            mean = float("norm" in name and name.endswith("weight"))
-            p.copy_(torch.randn(p.shape, generator=generator) * spread + mean)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=SIZES)
 def pair(request, tmp_path_factory):
     """The PyTorch model, and ours from the files that it saved."""
-    reference = torch_model(**SIZES[request.param])
+    reference = random_autoencoder(diffusers.VQModel, **SIZES[request.param])
     path = tmp_path_factory.mktemp("vq")
     reference.save_pretrained(path)
     return reference, *from_diffusers(path)
 
 
-def to_torch(x):
-    return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
-
-
-def to_numpy(x):
-    return x.detach().permute(0, 2, 3, 1).numpy()
-
-
 def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def assert_close(actual, expected):
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=RTOL * np.abs(expected).max())
-
-
-def params_of(state_dict):
-    """Written here anew: the parameter tree of a diffusers model."""
-    tree = {}
-    for name, p in state_dict.items():
-        *modules, leaf = name.split(".")
-        x = p.detach().numpy()
-        if modules == ["quantize", "embedding"]:
-            modules, leaf = ["quantize"], "embedding"
-        elif leaf == "weight":
-            leaf = "scale" if x.ndim == 1 else "kernel"
-            x = x.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[x.ndim])
-        names = []
-        for module in modules:
-            names = [*names[:-1], f"{names[-1]}_{module}"] if module.isdigit() else [*names, module]
-        node = tree
-        for module in names:
-            node = node.setdefault(module, {})
-        node[leaf] = x
-    return tree
 
 
 def test_config_is_understood(pair):
@@ -122,19 +73,19 @@ def test_encode_quantize_and_decode(pair):
 
     x, z = np.tanh(random(2, 8, 12, model.in_channels)), random(2, 5, 7, model.latent_channels, seed=1)
     latents, quantized, indices, (codebook, commitment), images = run(params, x, z)
-    assert_close(latents, to_numpy(reference.encode(to_torch(x)).latents))
+    assert_close(latents, to_numpy(reference.encode(to_torch(x)).latents), RTOL)
     z_q, loss, (_, _, expected) = reference.quantize(to_torch(z))
     np.testing.assert_array_equal(indices.ravel(), expected.numpy())
-    assert_close(quantized, to_numpy(z_q))
+    assert_close(quantized, to_numpy(z_q), RTOL)
     np.testing.assert_allclose(commitment + BETA * codebook, loss.item(), rtol=RTOL)
-    assert_close(images, to_numpy(reference.decode(to_torch(z)).sample))
+    assert_close(images, to_numpy(reference.decode(to_torch(z)).sample), RTOL)
 
 
 def test_gradients_of_all_parameters():
     """Of a loss of the images and of diffusers' loss of the codebook: straight through to the encoder."""
     sizes = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "num_vq_embeddings": 50}
     sizes["attention_levels"] = (1,)
-    reference, model = torch_model(**sizes), VQModel(**sizes)
+    reference, model = random_autoencoder(diffusers.VQModel, **sizes), VQModel(**sizes)
     x, weights = np.tanh(random(2, 8, 12, 3)), random(2, 8, 12, 3, seed=1)
     decoded, loss = reference(to_torch(x), return_dict=False)
     (torch.mean(decoded * to_torch(weights)) + loss).backward()
